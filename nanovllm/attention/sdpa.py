@@ -1,0 +1,61 @@
+"""Paged attention with torch's scaled_dot_product_attention: any device, any block size; the readable oracle."""
+
+import torch
+import torch.nn.functional as F
+
+from nanovllm.attention import AttentionBackend
+from nanovllm.utils.context import Context
+
+
+class SdpaBackend(AttentionBackend):
+    supports_cuda_graph = False  # the gathered context is as long as the longest row, which changes every step
+
+    def prepare(self, context: Context) -> None:
+        """`backend_data`: the cache slots of every row's context, [B, max_context_len] int64; lengths and starts as ints;
+        and the mask of the decodes, [num_decodes, their longest context] bool."""
+        offsets = torch.arange(context.max_context_len, device=context.block_tables.device)
+        slots = context.block_tables[:, offsets // self.block_size].long() * self.block_size + offsets % self.block_size
+        lens = context.context_lens.tolist()
+        starts = list(range(len(lens) + 1)) if context.cu_seqlens_q is None else context.cu_seqlens_q.tolist()
+        longest = max(lens[: context.num_decodes], default=0)
+        mask = offsets[:longest] < context.context_lens[: context.num_decodes, None]
+        context.backend_data = slots, lens, starts, mask
+
+    def forward(self, q, k, v, k_cache, v_cache, scale, context):
+        slots, lens, starts, mask = context.backend_data
+        k_cache = k_cache.flatten(0, 1)  # [num_slots, num_kv_heads, head_dim]
+        v_cache = v_cache.flatten(0, 1)
+        num_decodes = context.num_decodes
+        outputs = []
+        if num_decodes:
+            outputs.append(decode(q[:num_decodes], k_cache, v_cache, slots[:num_decodes, : mask.shape[1]], mask, scale))
+        for row in range(num_decodes, len(lens)):
+            row_slots = slots[row, : lens[row]]
+            outputs.append(prefill(q[starts[row] : starts[row + 1]], k_cache[row_slots], v_cache[row_slots], scale))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def decode(q, k_cache, v_cache, slots, mask, scale):
+    """One query token a row. q [B, num_heads, head_dim]; slots, mask [B, max_context_len] -> like q.
+
+    The query heads that share a kv head become the query length of one attention, so that k and v are not repeated.
+    """
+    batch_size, num_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[1]
+    k = k_cache[slots].transpose(1, 2)  # [B, num_kv_heads, max_context_len, head_dim]
+    v = v_cache[slots].transpose(1, 2)
+    q = q.view(batch_size, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :], scale=scale)
+    return out.reshape(batch_size, num_heads, head_dim)
+
+
+def prefill(q, k, v, scale):
+    """The last q_len tokens of one context. q [q_len, num_heads, head_dim]; k, v [len, num_kv_heads, head_dim]."""
+    q_len, context_len = q.shape[0], k.shape[0]
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    if q_len == context_len:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    else:
+        mask = torch.ones(q_len, context_len, dtype=torch.bool, device=q.device).tril(context_len - q_len)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    return out.squeeze(0).transpose(0, 1)

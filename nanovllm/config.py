@@ -1,0 +1,178 @@
+"""Everything an engine is configured with: what the user said, checked, and what follows from the checkpoint."""
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from nanovllm.attention import choose_backend
+from nanovllm.utils.validation import check_bool, check_float, check_int, strict_kwargs
+
+logger = logging.getLogger("nanovllm")
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@strict_kwargs
+@dataclass(frozen=True)
+class Config:
+    """Engine settings; never changed after construction.
+
+    Args:
+        model: a directory with `config.json` and safetensors, or a Hugging Face hub id (downloaded once).
+        max_num_batched_tokens: tokens that one step computes at most. Default 16384.
+        max_num_seqs: sequences resident (holding cache) at once. Default 512.
+        max_model_len: tokens of prompt and completion together; lowered to what the model supports. Default 4096.
+        gpu_memory_utilization: share of the GPU's memory that the engine may fill. Default 0.9.
+        tensor_parallel_size: number of ranks. Default 1.
+        enforce_eager: run decode without CUDA graphs. Default False.
+        kvcache_block_size: tokens per block: any on `sdpa`, multiples of 16 on `triton`, of 256 on `flash_attn`.
+        num_kvcache_blocks: size of the cache in blocks; -1 sizes it from free memory.
+        dtype: "auto" (the checkpoint's on CUDA, float32 on CPU), a name or a torch dtype.
+        device: "auto" (CUDA if there is one), "cuda", "cuda:N" or "cpu".
+        attention_backend: "sdpa", "flash_attn" or "triton"; None picks the fastest available.
+        seed: of requests that bring none.
+        deterministic: batch-invariant results.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of range.
+        FileNotFoundError: `model` has no `config.json` or no safetensors.
+    """
+
+    model: str
+    max_num_batched_tokens: int = 16384
+    max_num_seqs: int = 512
+    max_model_len: int = 4096
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+    kvcache_block_size: int = 256
+    num_kvcache_blocks: int = -1
+    dtype: Any = "auto"
+    device: Any = "auto"
+    attention_backend: str | None = None
+    seed: int = 0
+    deterministic: bool = False
+    hf_config: Any = field(init=False, repr=False)
+    eos_token_ids: frozenset[int] = field(init=False, repr=False)
+
+    def __post_init__(self):
+        check_int("max_num_batched_tokens", self.max_num_batched_tokens, 1)
+        check_int("max_num_seqs", self.max_num_seqs, 1)
+        check_int("max_model_len", self.max_model_len, 2)
+        check_float("gpu_memory_utilization", self.gpu_memory_utilization, 0.01, 1.0)
+        check_int("tensor_parallel_size", self.tensor_parallel_size, 1)
+        check_bool("enforce_eager", self.enforce_eager)
+        check_int("kvcache_block_size", self.kvcache_block_size, 1)
+        if self.num_kvcache_blocks != -1:
+            check_int("num_kvcache_blocks", self.num_kvcache_blocks, 1)
+        check_int("seed", self.seed, -(2**63), 2**63 - 1)
+        check_bool("deterministic", self.deterministic)
+        if self.tensor_parallel_size > 1:
+            raise ValueError(f"tensor_parallel_size={self.tensor_parallel_size}: this version runs on one rank; pass 1")
+        if self.deterministic:
+            raise ValueError("deterministic=True: this version has no batch-invariant mode; leave it False")
+        path = find_checkpoint(self.model)
+        hf_config = load_hf_config(path)
+        device = resolve_device(self.device)
+        dtype = resolve_dtype(self.dtype, device, hf_config)
+        backend = choose_backend(self.attention_backend, device, dtype, self.kvcache_block_size, head_dim(hf_config))
+        resolved = dict(
+            model=str(path),
+            hf_config=hf_config,
+            device=device,
+            dtype=dtype,
+            attention_backend=backend,
+            eos_token_ids=eos_token_ids(path, hf_config),
+            max_model_len=min(self.max_model_len, getattr(hf_config, "max_position_embeddings", self.max_model_len)),
+        )
+        if resolved["max_model_len"] < self.max_model_len:
+            logger.info("max_model_len lowered from %d to the %d of the model", self.max_model_len, resolved["max_model_len"])
+        for name, value in resolved.items():
+            object.__setattr__(self, name, value)
+
+
+def find_checkpoint(model: str | Path) -> Path:
+    """The local directory of a checkpoint; a hub id is downloaded, only the files that the engine reads."""
+    if not isinstance(model, (str, Path)) or not str(model):
+        raise TypeError(f"model must be a path or a Hugging Face hub id, got {model!r}")
+    path = Path(model).expanduser()
+    if not path.exists():
+        is_hub_id = str(model).count("/") == 1 and not str(model).startswith((".", "/", "~"))
+        if not is_hub_id:
+            raise FileNotFoundError(f"model {str(model)!r} is neither a directory here nor a hub id like 'Qwen/Qwen3-0.6B'")
+        from huggingface_hub import snapshot_download
+
+        files = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja", "vocab*", "merges.txt"]
+        path = Path(snapshot_download(str(model), allow_patterns=files))
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"model {str(model)!r} has no config.json: pass a directory in Hugging Face format")
+    if not any(path.glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"model {str(model)!r} has no *.safetensors file; pickled weights (.bin, .pt) are never loaded: "
+            "convert them with transformers' save_pretrained"
+        )
+    return path
+
+
+def load_hf_config(path: Path) -> Any:
+    try:
+        raw = json.loads((path / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{path / 'config.json'} is not valid JSON: {error}") from None
+    if "auto_map" in raw and "model_type" not in raw:
+        raise ValueError(f"{path / 'config.json'} needs code of its own (auto_map), which is never executed")
+    return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def head_dim(hf_config: Any) -> int:
+    """Width of one attention head; Qwen3 states it, older families imply it."""
+    return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+
+
+def resolve_device(device: Any) -> torch.device:
+    if isinstance(device, str) and device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got '{device}'")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device='{device}', but this torch ({torch.__version__}) sees no CUDA device; pass 'cpu'")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"device='{device}', but there are {torch.cuda.device_count()} CUDA devices")
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    return device
+
+
+def resolve_dtype(dtype: Any, device: torch.device, hf_config: Any) -> torch.dtype:
+    if isinstance(dtype, str) and dtype == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        # transformers 5 calls it `dtype`, 4 `torch_dtype`.
+        dtype = getattr(hf_config, "dtype", None) or getattr(hf_config, "torch_dtype", None) or torch.bfloat16
+    if isinstance(dtype, str):
+        dtype = DTYPES.get(dtype, dtype)
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype must be 'auto', {', '.join(map(repr, DTYPES))} or one of these torch dtypes, got {dtype!r}")
+    return dtype
+
+
+def eos_token_ids(path: Path, hf_config: Any) -> frozenset[int]:
+    """The ids that end a completion: generation_config.json knows best, config.json is the fallback."""
+    eos = None
+    file = path / "generation_config.json"
+    if file.is_file():
+        eos = json.loads(file.read_text()).get("eos_token_id")
+    if eos is None:
+        eos = getattr(hf_config, "eos_token_id", None)
+    return frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
+
+

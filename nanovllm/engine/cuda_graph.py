@@ -1,0 +1,58 @@
+"""Captures the whole decode step, from the rows' state to their next state, once per batch-size bucket, on first use."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from nanovllm.engine.model_runner import ModelRunner
+
+
+def batch_buckets(max_num_seqs: int) -> list[int]:
+    """Batch sizes worth a graph: padding stays below 8 rows up to 256 and below 32 beyond."""
+    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, max_num_seqs + 32, 32)]
+    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+
+
+class DecodeGraphs:
+    def __init__(self, runner: "ModelRunner", max_num_seqs: int):
+        self.runner = runner
+        self.buckets = batch_buckets(max_num_seqs)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all graphs: they have the cache's address baked in."""
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
+        self.pool = None
+
+    def replay(self, rows: torch.Tensor) -> torch.Tensor:
+        """Run the decode step for permanent `rows` [B] int64 -> token ids [B] int64, valid until the next replay."""
+        batch_size = rows.shape[0]
+        bucket = next(size for size in self.buckets if size >= batch_size)
+        if bucket not in self.graphs:
+            self.capture(bucket)
+        graph, static_rows, token_ids = self.graphs[bucket]
+        static_rows[:batch_size].copy_(rows)
+        static_rows[batch_size:].fill_(self.runner.state.padding_row)
+        graph.replay()
+        return token_ids[:batch_size]
+
+    def capture(self, bucket: int) -> None:
+        """Record the step for `bucket` rows; nothing of it is executed but a warm-up on padding rows."""
+        rows = torch.full((bucket,), self.runner.state.padding_row, device=self.runner.device)
+        max_context_len = self.runner.config.max_model_len
+        # torch.cuda.graph() would collect garbage and empty the allocator's cache, 0.1 s each time.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            self.runner.run_decode(rows, max_context_len)
+            stream.synchronize()
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                token_ids = self.runner.run_decode(rows, max_context_len)
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.pool = graph.pool()
+        self.graphs[bucket] = graph, rows, token_ids

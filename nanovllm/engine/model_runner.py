@@ -1,0 +1,284 @@
+"""Owns the model, the KV cache and the device; one batch in, one token per sequence out. Driven by the engine.
+
+`run` launches a step and returns at once on a GPU: what it returns is waited for when the tokens are needed.
+"""
+
+import gc
+import logging
+from typing import Any
+
+import torch
+
+from nanovllm.attention import load_backend
+from nanovllm.config import Config, head_dim
+from nanovllm.engine.batch import DecodeBatch, PrefillBatch, RequestState, prepare_decode, prepare_prefill
+from nanovllm.engine.cuda_graph import DecodeGraphs
+from nanovllm.engine.sequence import Sequence
+from nanovllm.layers.attention import Attention
+from nanovllm.layers.sampler import Sampler
+from nanovllm.models import get_model_class
+from nanovllm.utils.context import Context, set_context
+from nanovllm.utils.distributed import TensorParallel
+from nanovllm.utils.loader import load_model
+
+logger = logging.getLogger("nanovllm")
+
+CPU_CACHE_SHARE = 0.25  # of the RAM that is free when the engine starts
+
+
+class PendingTokens:
+    """The tokens of a launched step, [B], on their way to the host."""
+
+    def __init__(self, token_ids: torch.Tensor):
+        self.event = None
+        self.token_ids = token_ids
+        if token_ids.is_cuda:
+            self.token_ids = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
+            self.token_ids.copy_(token_ids, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def wait(self) -> list[int]:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.token_ids.tolist()
+
+
+class ModelRunner:
+    def __init__(self, config: Config, rank: int = 0):
+        self.config = config
+        self.device: torch.device = config.device
+        self.block_size = config.kvcache_block_size
+        self.max_blocks = -(-config.max_model_len // self.block_size)  # of one sequence
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self.memory_before = self._memory_used_bytes()
+        model_class = get_model_class(config.hf_config)
+        tp = TensorParallel(rank, config.tensor_parallel_size)
+        self.model = build_model(model_class, config, tp)
+        load_model(self.model, config.model)
+        self.sampler = Sampler()
+        self.backend = load_backend(config.attention_backend, self.block_size)
+        self.graphs: DecodeGraphs | None = None
+        if self.device.type == "cuda" and not config.enforce_eager and self.backend.supports_cuda_graph:
+            self.graphs = DecodeGraphs(self, config.max_num_seqs)
+        with torch.inference_mode():
+            self.num_kvcache_blocks = self._choose_num_blocks()
+            self.allocate_kv_cache(self.num_kvcache_blocks)
+
+    # ---- a step ----
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Run a method by name on every rank (one, so far)."""
+        return getattr(self, method)(*args)
+
+    @torch.inference_mode()
+    def run(self, seqs: list[Sequence], is_prefill: bool) -> PendingTokens:
+        """Launch one step; every row gets a token, also those in the middle of their prompt, whose token means nothing."""
+        if is_prefill:
+            return PendingTokens(self.run_prefill(self.prepare_prefill(seqs)))
+        batch = self.prepare_decode(seqs)
+        self.state.write_blocks(batch.block_updates)
+        if self.graphs is not None:
+            return PendingTokens(self.graphs.replay(batch.rows))
+        return PendingTokens(self.run_decode(batch.rows, batch.max_context_len))
+
+    def prepare_prefill(self, seqs: list[Sequence]) -> PrefillBatch:
+        return prepare_prefill(seqs, self.device)
+
+    def prepare_decode(self, seqs: list[Sequence]) -> DecodeBatch:
+        return prepare_decode(seqs, self.device)
+
+    def run_prefill(self, batch: PrefillBatch) -> torch.Tensor:
+        """Launch a step with prompts in it -> token ids [B] int64 on the device."""
+        state, rows = self.state, batch.rows
+        state.write_blocks(batch.block_updates)
+        state.temperatures[rows] = batch.temperatures
+        state.seeds[rows] = batch.seeds
+        state.num_cached_tokens[rows] = batch.context_lens
+        num_decodes = batch.num_decodes
+        batch.input_ids[:num_decodes] = state.last_token[rows[:num_decodes]].clamp(min=0)
+        context = Context(
+            is_prefill=True,
+            num_decodes=num_decodes,
+            slot_mapping=batch.slot_mapping,
+            block_tables=state.block_tables[rows],
+            context_lens=batch.context_lens.int(),
+            max_context_len=batch.max_context_len,
+            cu_seqlens_q=batch.cu_seqlens_q.int(),
+            max_seqlen_q=batch.max_seqlen_q,
+            last_token_indices=batch.cu_seqlens_q[1:] - 1,
+        )
+        logits = self.run_model(batch.input_ids, batch.positions, context)
+        token_ids = self.sampler(logits, batch.temperatures, batch.seeds, batch.context_lens)
+        state.last_token[rows] = token_ids
+        return token_ids
+
+    def run_decode(self, rows: torch.Tensor, max_context_len: int) -> torch.Tensor:
+        """The decode step of permanent `rows` [B] int64 -> token ids [B] int64; all on the device, so it can be captured."""
+        state = self.state
+        positions = state.num_cached_tokens[rows]  # [B]: of the newest token, which is not cached yet
+        block_tables = state.block_tables[rows]
+        blocks = block_tables.gather(1, (positions // self.block_size)[:, None]).squeeze(1)
+        context = Context(
+            is_prefill=False,
+            num_decodes=rows.shape[0],
+            slot_mapping=blocks * self.block_size + positions % self.block_size,
+            block_tables=block_tables,
+            context_lens=(positions + 1).int(),
+            max_context_len=max_context_len,
+        )
+        logits = self.run_model(state.last_token[rows].clamp(min=0), positions, context)
+        token_ids = self.sampler(logits, state.temperatures[rows], state.seeds[rows], positions + 1)
+        state.last_token[rows] = token_ids
+        state.num_cached_tokens[rows] = positions + 1
+        state.num_cached_tokens[-1] = 0
+        return token_ids
+
+    def run_model(self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context) -> torch.Tensor:
+        """input_ids, positions [T] int64 -> logits [B, vocab] of each row's last token."""
+        with set_context(context):
+            self.backend.prepare(context)
+            hidden_states = self.model(input_ids, positions)
+            if context.last_token_indices is not None:
+                hidden_states = hidden_states[context.last_token_indices]
+            return self.model.compute_logits(hidden_states)
+
+    # ---- memory ----
+
+    def allocate_kv_cache(self, num_blocks: int) -> None:
+        """The cache, one block more than `num_blocks` for padding rows, bound to the attention layers."""
+        self.kv_cache = torch.zeros(
+            2, self._num_layers, num_blocks + 1, self.block_size, self._num_kv_heads, self._head_dim,
+            dtype=self.config.dtype, device=self.device,
+        )  # fmt: skip
+        layers = [module for module in self.model.modules() if isinstance(module, Attention)]
+        for layer, k_cache, v_cache in zip(layers, *self.kv_cache, strict=True):
+            layer.k_cache, layer.v_cache, layer.backend = k_cache, v_cache, self.backend
+        self.state = RequestState(self.config.max_num_seqs, self.max_blocks, num_blocks, self.device)
+
+    @property
+    def block_bytes(self) -> int:
+        per_token = 2 * self._num_layers * self._num_kv_heads * self._head_dim * self.config.dtype.itemsize
+        return per_token * self.block_size
+
+    @property
+    def _num_layers(self) -> int:
+        return self.config.hf_config.num_hidden_layers
+
+    @property
+    def _num_kv_heads(self) -> int:
+        return self.config.hf_config.num_key_value_heads // self.config.tensor_parallel_size
+
+    @property
+    def _head_dim(self) -> int:
+        return head_dim(self.config.hf_config)
+
+    def _memory_used_bytes(self) -> int:
+        if self.device.type != "cuda":
+            return 0
+        free, total = torch.cuda.mem_get_info(self.device)
+        return total - free
+
+    def _choose_num_blocks(self) -> int:
+        """What the user said, or as many blocks as fit beside everything else, or as all rows at full length need."""
+        config = self.config
+        if config.num_kvcache_blocks != -1:
+            if self.device.type == "cuda":
+                self.warmup_model()
+            return config.num_kvcache_blocks
+        if self.device.type == "cuda":
+            reserve_bytes = self.warmup_model()
+            _, total = torch.cuda.mem_get_info(self.device)
+            available = total * config.gpu_memory_utilization - self._memory_used_bytes() - reserve_bytes
+        else:
+            available = free_ram_bytes() * CPU_CACHE_SHARE
+        num_blocks = min(int(available // self.block_bytes), config.max_num_seqs * self.max_blocks)
+        if num_blocks < 1:
+            raise ValueError(
+                f"no memory for a KV cache: {available / 2**20:.0f} MiB are left and one block of {self.block_size} tokens "
+                f"takes {self.block_bytes / 2**20:.0f}; raise gpu_memory_utilization (now {config.gpu_memory_utilization}) "
+                f"or lower max_num_batched_tokens (now {config.max_num_batched_tokens})"
+            )
+        return num_blocks
+
+    def warmup_model(self) -> int:
+        """Run the largest batch and capture the largest graph against a cache of one block, then let both go.
+
+        Returns the bytes that they needed beyond what stays: activations, and a graph's memory. Compiles every kernel.
+        """
+        config = self.config
+        self.allocate_kv_cache(1)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        num_tokens = config.max_num_batched_tokens
+        num_seqs = min(config.max_num_seqs, num_tokens)
+        lens = [num_tokens // num_seqs + (i < num_tokens % num_seqs) for i in range(num_seqs)]
+        lens = [min(length, config.max_model_len) for length in lens]
+        self.run_prefill(dummy_prefill(lens, self.state.padding_row, self.device))
+        torch.cuda.synchronize()
+        reserve_bytes = torch.cuda.max_memory_allocated() - before
+        torch.cuda.empty_cache()
+        if self.graphs is not None:
+            before = self._memory_used_bytes()
+            self.graphs.capture(self.graphs.buckets[-1])
+            torch.cuda.synchronize()
+            reserve_bytes += self._memory_used_bytes() - before
+            self.graphs.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+        return reserve_bytes
+
+    def exit(self) -> None:
+        """Give back the device's memory; harmless when repeated."""
+        self.graphs = None
+        for name in ("model", "kv_cache", "state", "sampler", "backend"):
+            self.__dict__.pop(name, None)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+
+def build_model(model_class: type, config: Config, tp: TensorParallel) -> Any:
+    """An uninitialised model whose parameters are already on the device, in the dtype, that they will be used in."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(config.dtype)
+    try:
+        with torch.device(config.device):
+            model = model_class(config.hf_config, config.max_model_len, config.device, tp)
+    finally:
+        torch.set_default_dtype(default)
+    return model.eval().requires_grad_(False)
+
+
+def dummy_prefill(lens: list[int], row: int, device: torch.device) -> PrefillBatch:
+    """Prompts of the given lengths, all in one row whose KV nobody reads."""
+    num_tokens, num_seqs = sum(lens), len(lens)
+    zeros = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+    context_lens = torch.tensor(lens, device=device)
+    return PrefillBatch(
+        num_decodes=0,
+        max_seqlen_q=max(lens),
+        max_context_len=max(lens),
+        input_ids=zeros.clone(),
+        positions=zeros.clone(),
+        slot_mapping=zeros.clone(),
+        rows=torch.full((num_seqs,), row, device=device),
+        context_lens=context_lens,
+        cu_seqlens_q=torch.nn.functional.pad(context_lens.cumsum(0), (1, 0)),
+        block_updates=torch.empty(3, 0, dtype=torch.int64, device=device),
+        seeds=torch.zeros(num_seqs, dtype=torch.int64, device=device),
+        temperatures=torch.ones(num_seqs, device=device),
+    )
+
+
+def free_ram_bytes() -> int:
+    """RAM that can be had without swapping."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
+        import os
+
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,0 +1,196 @@
+"""Decides who runs in a step and how many tokens each computes. Plain Python, no torch; called by the engine.
+
+One rule: a sequence may compute `num_tokens - num_cached_tokens` tokens, within the step's budget. First come, first
+served: decoding sequences, then prompts in progress, then waiting ones; a preempted sequence waits in front.
+"""
+
+from bisect import insort
+from collections import deque
+from collections.abc import Iterable
+
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.sequence import Sequence, SequenceStatus
+
+
+class Scheduler:
+    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, block_manager: BlockManager, eos: frozenset[int]):
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.block_manager = block_manager
+        self.eos = eos
+        self.num_preemptions = 0
+        # Of the tokens that requests may generate, the share that those ended by EOS did: how far running sequences
+        # are expected to grow. A guess only moves the point of admission, never correctness.
+        self.completion_ratio = 0.5
+        self.reset(())
+
+    def reset(self, survivors: Iterable[Sequence]) -> None:
+        """Rebuild everything from `survivors`, which start over: after an interrupted step nothing else is trusted."""
+        self.block_manager.reset()
+        self.waiting: deque[Sequence] = deque()
+        self.running: deque[Sequence] = deque()
+        self._free_rows = list(range(self.max_num_seqs))[::-1]
+        self._admission_blocked = False  # the head of the queue did not fit, and nothing has been freed since
+        for seq in sorted(survivors, key=lambda seq: seq.seq_id):
+            seq.block_table, seq.num_hashed_blocks, seq.parent_uid = [], 0, 0
+            seq.rewind()
+            self.waiting.append(seq)
+
+    def is_finished(self) -> bool:
+        return not self.waiting and not self.running
+
+    def add(self, seq: Sequence) -> None:
+        self.waiting.append(seq)
+
+    def schedule(self) -> tuple[list[Sequence], bool]:
+        """Choose this step's rows and set their `num_scheduled_tokens`.
+
+        Returns the sequences, decoding ones first, and whether any row computes more than its newest sampled token.
+        Nothing is chosen when nothing can run before the step in flight has been read.
+        """
+        if not self._make_room_to_grow():
+            return [], False
+        budget = self.max_num_batched_tokens
+        decoding = [seq for seq in self.running if seq.is_decoding and seq.num_uncomputed_tokens][:budget]
+        for seq in decoding:
+            seq.num_scheduled_tokens = 1
+            self.block_manager.may_append(seq)
+            # The newest token may be unread; its block is registered once it is.
+            self.block_manager.register(seq, min(len(seq.token_ids), seq.num_cached_tokens))
+        budget -= len(decoding)
+        prefilling: list[Sequence] = []
+        for seq in self.running:
+            if not seq.is_decoding and budget:
+                budget -= self._schedule_chunk(seq, budget)
+                prefilling.append(seq)
+        if self.waiting and budget and not self._admission_blocked:
+            forecast = Forecast(self.running, self.block_manager.block_size, self.completion_ratio)
+            while self.waiting and budget and self._free_rows and self._admit(self.waiting[0], forecast):
+                seq = self.waiting.popleft()
+                self.running.append(seq)
+                budget -= self._schedule_chunk(seq, budget)
+                prefilling.append(seq)
+        return decoding + prefilling, bool(prefilling)
+
+    def advance(self, seqs: list[Sequence]) -> list[Sequence | None]:
+        """Count the step just launched as done; for each row, the sequence that gets a token from it, if any."""
+        sampling: list[Sequence | None] = []
+        for seq in seqs:
+            seq.num_cached_tokens += seq.num_scheduled_tokens
+            seq.is_decoding = seq.num_cached_tokens == seq.num_tokens
+            seq.num_tokens += seq.is_decoding
+            sampling.append(seq if seq.is_decoding else None)
+        return sampling
+
+    def postprocess(self, seqs: list[Sequence | None], token_ids: list[int]) -> list[Sequence]:
+        """Take in the tokens of a step that `advance` counted; returns the sequences that they finished."""
+        finished = []
+        for seq, token_id in zip(seqs, token_ids, strict=True):
+            if seq is None or seq.is_finished:  # a chunk, or a row launched before its sequence was known to end
+                continue
+            seq.append_token(token_id)
+            if not seq.sampling_params.ignore_eos and token_id in self.eos:
+                self._observe_completion(seq)
+                self.finish(seq, "stop")
+            elif len(seq.token_ids) >= seq.max_num_tokens:
+                self.finish(seq, "length")
+            else:
+                continue
+            finished.append(seq)
+        return finished
+
+    def finish(self, seq: Sequence, reason: str) -> None:
+        """Release what `seq` holds and take it off its queue."""
+        if seq.status is SequenceStatus.RUNNING:
+            self.block_manager.register(seq, min(len(seq.token_ids), seq.num_cached_tokens))
+            self._release(seq)
+            self.running.remove(seq)
+        else:
+            self.waiting.remove(seq)
+        seq.num_tokens = len(seq.token_ids)
+        seq.status = SequenceStatus.FINISHED
+        seq.finish_reason = reason
+
+    def preempt(self, seq: Sequence) -> None:
+        """Send a running sequence back to the front of the queue; its KV is recomputed, or found in the cache."""
+        self.running.remove(seq)
+        self._release(seq)
+        seq.rewind()
+        seq.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(seq)
+
+    def _make_room_to_grow(self) -> bool:
+        """Preempt the latest comers until every decoding sequence has a slot for its next token.
+
+        False if that has to wait: a sequence whose newest token is unread cannot be recomputed.
+        """
+        missing = sum(self.block_manager.num_missing_blocks(seq) for seq in self.running if seq.num_uncomputed_tokens)
+        if missing > self.block_manager.num_free_blocks and any(seq.has_unread_tokens for seq in self.running):
+            return False
+        while missing > self.block_manager.num_free_blocks:
+            victim = self.running[-1]
+            missing -= self.block_manager.num_missing_blocks(victim)
+            self.preempt(victim)
+        return True
+
+    def _schedule_chunk(self, seq: Sequence, budget: int) -> int:
+        seq.num_scheduled_tokens = min(seq.num_uncomputed_tokens, budget)
+        self.block_manager.register(seq, seq.num_cached_tokens + seq.num_scheduled_tokens)
+        return seq.num_scheduled_tokens
+
+    def _admit(self, seq: Sequence, forecast: "Forecast") -> bool:
+        """Give `seq` blocks and a row, if there is room for it and for the running ones to grow."""
+        num_taken = self.block_manager.can_allocate(seq)
+        forecast.add(seq)
+        if num_taken < 0 or (self.running and not forecast.fits(self.block_manager.num_free_blocks - num_taken)):
+            self._admission_blocked = True
+            return False
+        self.block_manager.allocate(seq)
+        seq.row = self._free_rows.pop()
+        seq.status = SequenceStatus.RUNNING
+        return True
+
+    def _release(self, seq: Sequence) -> None:
+        self.block_manager.deallocate(seq)
+        self._free_rows.append(seq.row)
+        self._admission_blocked = False
+
+    def _observe_completion(self, seq: Sequence) -> None:
+        share = seq.num_completion_tokens / (seq.max_num_tokens - seq.num_prompt_tokens)
+        self.completion_ratio += 0.1 * (share - self.completion_ratio)
+
+
+class Forecast:
+    """How many more blocks a set of sequences will need at the worst moment to come.
+
+    All of them grow in step, each until its expected end, where it returns its blocks, so the need peaks just before
+    one of these ends. (The idea of LightLLM's router; here in blocks, sharing ignored.)
+    """
+
+    def __init__(self, seqs: Iterable[Sequence], block_size: int, completion_ratio: float):
+        self.block_size = block_size
+        self.completion_ratio = completion_ratio
+        self.ends: list[tuple[int, int]] = []  # (blocks to come, blocks held), soonest end first
+        self.total_to_come = 0
+        for seq in seqs:
+            self.add(seq)
+
+    def add(self, seq: Sequence) -> None:
+        to_come = seq.max_num_tokens - seq.num_tokens
+        if not seq.sampling_params.ignore_eos:
+            to_come = int(to_come * self.completion_ratio)
+        num_blocks = -(-to_come // self.block_size)
+        self.total_to_come += num_blocks
+        insort(self.ends, (num_blocks, seq.num_blocks))
+
+    def fits(self, num_free_blocks: int) -> bool:
+        """Whether `num_free_blocks` are enough."""
+        if self.total_to_come <= num_free_blocks:  # true of most workloads, and cheap to know
+            return True
+        returned = 0
+        for i, (num_blocks, num_held) in enumerate(self.ends):
+            if (len(self.ends) - i) * num_blocks - returned > num_free_blocks:
+                return False
+            returned += num_held + num_blocks
+        return True

@@ -1,0 +1,105 @@
+"""One request: its tokens, its progress and the KV blocks it holds. Plain Python, no torch."""
+
+from enum import Enum, auto
+from itertools import count
+
+from nanovllm.sampling_params import SamplingParams
+
+
+class SequenceStatus(Enum):
+    WAITING = auto()
+    RUNNING = auto()  # holds a row and blocks
+    FINISHED = auto()
+
+
+class Sequence:
+    """Tokens and counters of one request.
+
+    `num_tokens` counts the tokens that exist; the host may not have read the last one yet, so `token_ids` can lag by
+    one. `num_cached_tokens` counts those whose KV is in the cache once every launched step has run. A step computes
+    `num_scheduled_tokens` of the difference, and nothing else distinguishes a prompt, a chunk of one and a decode.
+    """
+
+    _ids = count()
+
+    def __init__(
+        self, token_ids: list[int], sampling_params: SamplingParams, max_num_tokens: int, block_size: int, seed: int = 0
+    ):
+        self.seq_id = next(Sequence._ids)
+        self.status = SequenceStatus.WAITING
+        self.sampling_params = sampling_params
+        self.block_size = block_size  # tokens
+        self.seed = seed  # of the sampling noise, 64 bits signed
+        self.token_ids = list(token_ids)
+        self.num_tokens = self.num_prompt_tokens = len(token_ids)
+        self.max_num_tokens = max_num_tokens  # prompt and completion together; generation stops here
+        self.num_cached_tokens = 0
+        self.num_scheduled_tokens = 0
+        self.block_table: list[int] = []
+        self.block_hashes: list[int] = []  # of the full blocks hashed so far; they survive preemption
+        self.num_hashed_blocks = 0  # leading entries of block_table that the block manager has registered
+        self.parent_uid = 0  # identity of the last registered block, 0 for none
+        self.row = -1  # the permanent device row while running
+        self.num_device_blocks = 0  # leading entries of block_table that the device row holds
+        self.is_decoding = False  # the next step computes exactly the newest sampled token, which the row holds
+        self.num_preemptions = 0
+        self.num_prefix_cached_tokens = 0  # prompt tokens found in the cache at (the latest) admission
+        self.finish_reason: str | None = None
+
+    def __len__(self) -> int:
+        return self.num_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is SequenceStatus.FINISHED
+
+    @property
+    def last_token(self) -> int:
+        return self.token_ids[-1]
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        return self.token_ids[: self.num_prompt_tokens]
+
+    @property
+    def completion_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_completion_tokens(self) -> int:
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens a step could compute now. The very last token's KV is never read, so it is never computed."""
+        return min(self.num_tokens, self.max_num_tokens - 1) - self.num_cached_tokens
+
+    @property
+    def has_unread_tokens(self) -> bool:
+        """Whether a launched step's token has not been read by the host."""
+        return self.num_tokens > len(self.token_ids)
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.num_tokens // self.block_size)
+
+    @property
+    def last_block_num_tokens(self) -> int:
+        return self.num_tokens - (self.num_blocks - 1) * self.block_size
+
+    def block(self, i: int) -> list[int]:
+        """The token ids of block `i`."""
+        return self.token_ids[i * self.block_size : (i + 1) * self.block_size]
+
+    def append_token(self, token_id: int) -> None:
+        """Take in the id of a token that `num_tokens` already counts."""
+        self.token_ids.append(token_id)
+
+    def rewind(self) -> None:
+        """Back to the waiting queue with nothing computed and no unread token; the ids read so far are kept."""
+        self.status = SequenceStatus.WAITING
+        self.num_tokens = len(self.token_ids)
+        self.num_cached_tokens = self.num_scheduled_tokens = 0
+        self.row = -1
+        self.num_device_blocks = 0
+        self.is_decoding = False

@@ -1,0 +1,85 @@
+"""Linear layers split over tensor-parallel ranks, and how checkpoint tensors fill them.
+
+Column-parallel layers split the output features, row-parallel ones the input features. The loader hands each layer the
+full tensors of the checkpoint through `load(name, tensor, shard_id)`; the layer keeps its rank's part.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanovllm.utils.distributed import TensorParallel
+from nanovllm.utils.loader import check_dim, copy_exact
+
+
+class LinearBase(nn.Module):
+    """A weight [out, in] and maybe a bias [out], as held by this rank."""
+
+    def __init__(self, input_size: int, output_size: int, bias: bool, tp: TensorParallel):
+        super().__init__()
+        self.tp = tp
+        self.weight = nn.Parameter(torch.empty(output_size, input_size))
+        self.bias = nn.Parameter(torch.empty(output_size)) if bias else None
+
+    def load(self, name: str, tensor: torch.Tensor, shard_id: str | int | None) -> None:
+        """Fill the parameter `name` from a full tensor; raises ValueError if the shape is wrong."""
+        copy_exact(self.get_parameter(name), tensor)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in] -> [T, out]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class ReplicatedLinear(LinearBase):
+    """The whole layer on every rank."""
+
+
+class MergedColumnParallelLinear(LinearBase):
+    """Several products of one input in one matrix, each split by output features; `shard_id` says which."""
+
+    def __init__(self, input_size: int, output_sizes: list[int], bias: bool, tp: TensorParallel):
+        self.shard_sizes = [tp.shard("output size", size) for size in output_sizes]
+        super().__init__(input_size, sum(self.shard_sizes), bias, tp)
+
+    def load(self, name: str, tensor: torch.Tensor, shard_id: str | int | None) -> None:
+        index = int(shard_id or 0)
+        target = self.get_parameter(name).narrow(0, sum(self.shard_sizes[:index]), self.shard_sizes[index])
+        check_dim(tensor, 0, self.shard_sizes[index] * self.tp.size)
+        copy_exact(target, tensor.narrow(0, self.tp.rank * self.shard_sizes[index], self.shard_sizes[index]))
+
+
+class ColumnParallelLinear(MergedColumnParallelLinear):
+    """One product, split by output features."""
+
+    def __init__(self, input_size: int, output_size: int, bias: bool, tp: TensorParallel):
+        super().__init__(input_size, [output_size], bias, tp)
+
+
+class QKVParallelLinear(MergedColumnParallelLinear):
+    """Queries, keys and values in one product, split by heads."""
+
+    SHARDS = {"q": 0, "k": 1, "v": 2}
+
+    def __init__(
+        self, hidden_size: int, head_dim: int, num_heads: int, num_kv_heads: int, bias: bool, tp: TensorParallel
+    ):
+        tp.shard("num_attention_heads", num_heads)
+        tp.shard("num_key_value_heads", num_kv_heads)
+        super().__init__(hidden_size, [n * head_dim for n in (num_heads, num_kv_heads, num_kv_heads)], bias, tp)
+
+    def load(self, name: str, tensor: torch.Tensor, shard_id: str | int | None) -> None:
+        super().load(name, tensor, self.SHARDS[str(shard_id)])
+
+
+class RowParallelLinear(LinearBase):
+    """Split by input features; the ranks' partial sums are added up."""
+
+    def __init__(self, input_size: int, output_size: int, bias: bool, tp: TensorParallel):
+        super().__init__(tp.shard("input size", input_size), output_size, bias, tp)
+
+    def load(self, name: str, tensor: torch.Tensor, shard_id: str | int | None) -> None:
+        if name == "weight":
+            shard_size = self.weight.shape[1]
+            check_dim(tensor, 1, shard_size * self.tp.size)
+            tensor = tensor.narrow(1, self.tp.rank * shard_size, shard_size)
+        super().load(name, tensor, shard_id)

@@ -1,0 +1,119 @@
+"""Qwen3, the dense decoder written out to be read; its relatives override what differs.
+
+Activations are [T, hidden]: the T new tokens of all rows of the batch, one after another.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from nanovllm.config import head_dim
+from nanovllm.layers.activation import SiluAndMul
+from nanovllm.layers.attention import Attention
+from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.rotary_embedding import RotaryEmbedding, get_rope
+from nanovllm.utils.distributed import TensorParallel
+
+
+class Qwen3Attention(nn.Module):
+    qk_norm = True  # an RMSNorm on each head of q and k, before rotation
+
+    def __init__(self, config: Any, rotary_emb: RotaryEmbedding, tp: TensorParallel):
+        super().__init__()
+        dim, num_heads, num_kv_heads = head_dim(config), config.num_attention_heads, config.num_key_value_heads
+        qkv_bias, o_bias = self.biases(config)
+        self.eps = config.rms_norm_eps
+        self.qkv_proj = QKVParallelLinear(config.hidden_size, dim, num_heads, num_kv_heads, qkv_bias, tp)
+        self.o_proj = RowParallelLinear(num_heads * dim, config.hidden_size, o_bias, tp)
+        self.attn = Attention(num_heads // tp.size, num_kv_heads // tp.size, dim, rotary_emb)
+        self.q_norm = RMSNorm(dim, self.eps) if self.qk_norm else None
+        self.k_norm = RMSNorm(dim, self.eps) if self.qk_norm else None
+
+    def biases(self, config: Any) -> tuple[bool, bool]:
+        """Whether q, k, v and whether o have a bias."""
+        return config.attention_bias, config.attention_bias
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        qkv = self.qkv_proj(hidden_states)
+        q_weight = self.q_norm.weight if self.q_norm is not None else None
+        k_weight = self.k_norm.weight if self.k_norm is not None else None
+        return self.o_proj(self.attn(positions, qkv, q_weight, k_weight, self.eps))
+
+
+class Qwen3MLP(nn.Module):
+    def __init__(self, config: Any, tp: TensorParallel):
+        super().__init__()
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        bias = getattr(config, "mlp_bias", False)
+        self.gate_up_proj = MergedColumnParallelLinear(hidden, [intermediate, intermediate], bias, tp)
+        self.down_proj = RowParallelLinear(intermediate, hidden, bias, tp)
+        self.act_fn = SiluAndMul()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_up_proj(hidden_states)))
+
+
+class Qwen3DecoderLayer(nn.Module):
+    attention_class: type[Qwen3Attention] = Qwen3Attention
+
+    def __init__(self, config: Any, rotary_emb: RotaryEmbedding, tp: TensorParallel):
+        super().__init__()
+        self.self_attn = self.attention_class(config, rotary_emb, tp)
+        self.mlp = Qwen3MLP(config, tp)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states = self.self_attn(positions, hidden_states)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        return self.mlp(hidden_states), residual
+
+
+class Qwen3Model(nn.Module):
+    def __init__(
+        self, config: Any, layer_class: type[Qwen3DecoderLayer], max_position: int, device: torch.device, tp: TensorParallel
+    ):
+        super().__init__()
+        rotary_emb = get_rope(config, head_dim(config), max_position, device)
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
+        self.layers = nn.ModuleList(layer_class(config, rotary_emb, tp) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        hidden_states, residual = self.embed_tokens(input_ids), None
+        for layer in self.layers:
+            hidden_states, residual = layer(positions, hidden_states, residual)
+        return self.norm(hidden_states, residual)[0]
+
+
+class Qwen3ForCausalLM(nn.Module):
+    layer_class: type[Qwen3DecoderLayer] = Qwen3DecoderLayer
+    # Checkpoint names -> the fused parameter that holds them, and which part of it.
+    packed_modules_mapping = {
+        "q_proj": ("qkv_proj", "q"),
+        "k_proj": ("qkv_proj", "k"),
+        "v_proj": ("qkv_proj", "v"),
+        "gate_proj": ("gate_up_proj", 0),
+        "up_proj": ("gate_up_proj", 1),
+    }
+
+    def __init__(self, config: Any, max_position: int, device: torch.device, tp: TensorParallel):
+        super().__init__()
+        self.model = Qwen3Model(config, self.layer_class, max_position, device, tp)
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, tp)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """input_ids, positions [T] int64 -> normed hidden states [T, hidden]."""
+        return self.model(input_ids, positions)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """hidden_states [B, hidden], one a row -> logits [B, vocab]."""
+        return self.lm_head(hidden_states)

@@ -1,0 +1,47 @@
+"""What one forward pass needs beside its input ids: the only global of the forward path."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(slots=True)
+class Context:
+    """A batch of `B` rows with `T` new tokens in all; the first `num_decodes` rows have one token each.
+
+    Every key and value of the batch is stored before any row attends, so a row may read what another row computes.
+    """
+
+    is_prefill: bool
+    num_decodes: int
+    slot_mapping: torch.Tensor  # [T] int64: where each token's KV goes; token slots of the cache
+    block_tables: torch.Tensor  # [B, max_blocks] int32
+    context_lens: torch.Tensor  # [B] int32: tokens of KV per row, this step's included
+    max_context_len: int
+    cu_seqlens_q: torch.Tensor | None = None  # [B + 1] int32: where each row's new tokens begin; prefill only
+    max_seqlen_q: int = 1
+    last_token_indices: torch.Tensor | None = None  # [B] int64: each row's last token; None if T == B
+    # What the backend derives once a step for all layers.
+    backend_data: object = None
+
+
+_context: Context | None = None
+
+
+def get_context() -> Context:
+    assert _context is not None, "a model runs inside `with set_context(...)`"
+    return _context
+
+
+@contextmanager
+def set_context(context: Context) -> Iterator[None]:
+    """Make `context` the current one; refuses nesting, which would be two forwards at once."""
+    global _context
+    assert _context is None, "one forward at a time"
+    _context = context
+    try:
+        yield
+    finally:
+        _context = None

@@ -1,0 +1,54 @@
+"""Checks on what users pass in, shared by every public class: the error says what, which value and what to do."""
+
+import dataclasses
+import difflib
+import functools
+import math
+from typing import Any
+
+
+def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """Return `value` if it is an integer (no bool, no float) in [low, high]; raise TypeError or ValueError if not."""
+    span = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be {span}, got {value!r} of type {type(value).__name__}")
+    value = value.__index__()
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name} must be {span}, got {value}")
+    return value
+
+
+def check_float(name: str, value: Any, low: float, high: float = math.inf) -> float:
+    """Return `value` as a finite float in [low, high]; raise TypeError or ValueError if it is none."""
+    span = f"a finite number of at least {low}" if high == math.inf else f"a number from {low} to {high}"
+    if isinstance(value, bool) or (not isinstance(value, (int, float)) and not hasattr(value, "__float__")):
+        raise TypeError(f"{name} must be {span}, got {value!r} of type {type(value).__name__}")
+    value = float(value)
+    if not math.isfinite(value) or not low <= value <= high:
+        raise ValueError(f"{name} must be {span}, got {value}")
+    return value
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """Return `value` if it is True or False; raise TypeError if not."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
+    return value
+
+
+def strict_kwargs(cls: type) -> type:
+    """Class decorator for a dataclass: an unknown keyword is a TypeError that suggests the nearest field."""
+    names = [field.name for field in dataclasses.fields(cls) if field.init]
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def checked(self, *args, **kwargs):
+        for key in kwargs:
+            if key not in names:
+                near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(names)}"
+                raise TypeError(f"{cls.__name__} has no argument {key!r}: {hint}")
+        init(self, *args, **kwargs)
+
+    cls.__init__ = checked  # type: ignore[misc]
+    return cls
