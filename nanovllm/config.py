@@ -81,17 +81,18 @@ class Config:
         device = resolve_device(self.device)
         dtype = resolve_dtype(self.dtype, device, hf_config)
         backend = choose_backend(self.attention_backend, device, dtype, self.kvcache_block_size, head_dim(hf_config))
-        resolved = dict(
-            model=str(path),
-            hf_config=hf_config,
-            device=device,
-            dtype=dtype,
-            attention_backend=backend,
-            eos_token_ids=eos_token_ids(path, hf_config),
-            max_model_len=min(self.max_model_len, getattr(hf_config, "max_position_embeddings", self.max_model_len)),
-        )
-        if resolved["max_model_len"] < self.max_model_len:
-            logger.info("max_model_len lowered from %d to the %d of the model", self.max_model_len, resolved["max_model_len"])
+        model_len = getattr(hf_config, "max_position_embeddings", self.max_model_len)
+        if model_len < self.max_model_len:
+            logger.info("max_model_len lowered from %d to the %d of the model", self.max_model_len, model_len)
+        resolved = {
+            "model": str(path),
+            "hf_config": hf_config,
+            "device": device,
+            "dtype": dtype,
+            "attention_backend": backend,
+            "eos_token_ids": eos_token_ids(path, hf_config),
+            "max_model_len": min(self.max_model_len, model_len),
+        }
         for name, value in resolved.items():
             object.__setattr__(self, name, value)
 
@@ -104,7 +105,9 @@ def find_checkpoint(model: str | Path) -> Path:
     if not path.exists():
         is_hub_id = str(model).count("/") == 1 and not str(model).startswith((".", "/", "~"))
         if not is_hub_id:
-            raise FileNotFoundError(f"model {str(model)!r} is neither a directory here nor a hub id like 'Qwen/Qwen3-0.6B'")
+            raise FileNotFoundError(
+                f"model {str(model)!r} is neither a directory here nor a hub id like 'Qwen/Qwen3-0.6B'"
+            )
         from huggingface_hub import snapshot_download
 
         files = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja", "vocab*", "merges.txt"]
@@ -161,7 +164,9 @@ def resolve_dtype(dtype: Any, device: torch.device, hf_config: Any) -> torch.dty
     if isinstance(dtype, str):
         dtype = DTYPES.get(dtype, dtype)
     if dtype not in DTYPES.values():
-        raise ValueError(f"dtype must be 'auto', {', '.join(map(repr, DTYPES))} or one of these torch dtypes, got {dtype!r}")
+        raise ValueError(
+            f"dtype must be 'auto', {', '.join(map(repr, DTYPES))} or one of these torch dtypes, got {dtype!r}"
+        )
     return dtype
 
 
@@ -174,5 +179,3 @@ def eos_token_ids(path: Path, hf_config: Any) -> frozenset[int]:
     if eos is None:
         eos = getattr(hf_config, "eos_token_id", None)
     return frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
-
-

@@ -8,7 +8,7 @@ from typing import Any
 class RequestOutput:
     """The result of one request; also answers `output["text"]` and `output["token_ids"]`.
 
-    `finish_reason` is "stop" (an end-of-sequence token), "length" (`max_tokens` or `max_model_len`), "abort" or "error".
+    `finish_reason` is "stop" (an end-of-sequence token) or "length" (`max_tokens` or `max_model_len`).
     """
 
     request_id: int

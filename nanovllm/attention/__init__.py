@@ -41,9 +41,7 @@ BACKENDS = {
 }
 
 
-def choose_backend(
-    name: str | None, device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int
-) -> str:
+def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int) -> str:
     """The backend to use: `name` if it can work here (ValueError if not), else the fastest that can."""
     if name is not None:
         if name not in BACKENDS:

@@ -11,8 +11,8 @@ class SdpaBackend(AttentionBackend):
     supports_cuda_graph = False  # the gathered context is as long as the longest row, which changes every step
 
     def prepare(self, context: Context) -> None:
-        """`backend_data`: the cache slots of every row's context, [B, max_context_len] int64; lengths and starts as ints;
-        and the mask of the decodes, [num_decodes, their longest context] bool."""
+        """`backend_data`: the cache slots of every row's context, [B, max_context_len] int64; lengths and starts as
+        ints; and the mask of the decodes, [num_decodes, their longest context] bool."""
         offsets = torch.arange(context.max_context_len, device=context.block_tables.device)
         slots = context.block_tables[:, offsets // self.block_size].long() * self.block_size + offsets % self.block_size
         lens = context.context_lens.tolist()

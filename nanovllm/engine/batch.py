@@ -5,6 +5,7 @@ decode step needs nothing from the host but which rows take part: their newest t
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,7 +103,7 @@ def prepare_prefill(seqs: list[Sequence], device: torch.device) -> PrefillBatch:
         first_block = first // seq.block_size
         table = np.array(seq.block_table[first_block : (last - 1) // seq.block_size + 1])
         slots[begin:end] = table[own // seq.block_size - first_block] * seq.block_size + own % seq.block_size
-    parts = {
+    parts: dict[str, Any] = {
         "input_ids": input_ids,
         "positions": positions,
         "slot_mapping": slots,

@@ -1,6 +1,6 @@
-"""Captures the whole decode step, from the rows' state to their next state, once per batch-size bucket, on first use."""
+"""Captures the whole decode step, from rows' state to their next state, per batch-size bucket and on first use."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,7 +23,7 @@ class DecodeGraphs:
     def clear(self) -> None:
         """Forget all graphs: they have the cache's address baked in."""
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
-        self.pool = None
+        self.pool: Any = None  # shared by all graphs: only one replays at a time
 
     def replay(self, rows: torch.Tensor) -> torch.Tensor:
         """Run the decode step for permanent `rows` [B] int64 -> token ids [B] int64, valid until the next replay."""

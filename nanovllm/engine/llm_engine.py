@@ -119,7 +119,7 @@ class LLMEngine:
             Whatever interrupts the loop, Ctrl-C included: it propagates, and this call's requests are gone.
         """
         seqs = self._make_sequences(prompts, sampling_params)
-        texts = [prompts] if isinstance(prompts, str) else prompts
+        texts: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
         done: set[int] = set()
         own = {seq.seq_id for seq in seqs}
         progress = tqdm(total=len(seqs), desc="Generating", unit="req", dynamic_ncols=True, disable=not use_tqdm)
@@ -200,8 +200,8 @@ class LLMEngine:
         token_ids = self._token_ids(prompt, name)
         if len(token_ids) >= config.max_model_len:
             raise ValueError(
-                f"{name} has {len(token_ids)} tokens, and max_model_len={config.max_model_len} leaves no room for an answer: "
-                "shorten it or raise max_model_len"
+                f"{name} has {len(token_ids)} tokens, and max_model_len={config.max_model_len} leaves no room "
+                "for an answer: shorten it or raise max_model_len"
             )
         # The last token's KV is never read, so a request of n tokens in all holds n - 1 in the cache.
         pool_tokens = self.block_manager.num_blocks * block_size
@@ -213,7 +213,7 @@ class LLMEngine:
             raise ValueError(
                 f"{name} has {len(token_ids)} tokens and max_tokens={params.max_tokens}: it needs "
                 f"{-(-max(num_tokens - 1, len(token_ids)) // block_size)} blocks of KV cache and there are "
-                f"{self.block_manager.num_blocks}; lower max_tokens or raise num_kvcache_blocks or gpu_memory_utilization"
+                f"{self.block_manager.num_blocks}: lower max_tokens, or raise num_kvcache_blocks or gpu_memory_utilization"
             )
         return Sequence(token_ids, params, num_tokens, block_size, self._random.getrandbits(63))
 
@@ -231,7 +231,9 @@ class LLMEngine:
             if isinstance(token_id, bool) or not hasattr(token_id, "__index__"):
                 raise TypeError(f"{name}[{i}] must be an integer token id, got {token_id!r}")
             if not 0 <= token_id < vocab_size:
-                raise ValueError(f"{name}[{i}] = {token_id} is not a token id of this model: they go from 0 to {vocab_size - 1}")
+                raise ValueError(
+                    f"{name}[{i}] = {token_id} is no token id of this model: they go from 0 to {vocab_size - 1}"
+                )
         return [int(token_id) for token_id in token_ids]
 
     def _enqueue(self, seq: Sequence) -> None:

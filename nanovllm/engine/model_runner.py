@@ -5,6 +5,7 @@
 
 import gc
 import logging
+import os
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class ModelRunner:
         self.model = build_model(model_class, config, tp)
         load_model(self.model, config.model)
         self.sampler = Sampler()
-        self.backend = load_backend(config.attention_backend, self.block_size)
+        self.backend = load_backend(str(config.attention_backend), self.block_size)
         self.graphs: DecodeGraphs | None = None
         if self.device.type == "cuda" and not config.enforce_eager and self.backend.supports_cuda_graph:
             self.graphs = DecodeGraphs(self, config.max_num_seqs)
@@ -74,7 +75,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, seqs: list[Sequence], is_prefill: bool) -> PendingTokens:
-        """Launch one step; every row gets a token, also those in the middle of their prompt, whose token means nothing."""
+        """Launch one step; every row gets a token (in the middle of a prompt it means nothing)."""
         if is_prefill:
             return PendingTokens(self.run_prefill(self.prepare_prefill(seqs)))
         batch = self.prepare_decode(seqs)
@@ -115,7 +116,7 @@ class ModelRunner:
         return token_ids
 
     def run_decode(self, rows: torch.Tensor, max_context_len: int) -> torch.Tensor:
-        """The decode step of permanent `rows` [B] int64 -> token ids [B] int64; all on the device, so it can be captured."""
+        """The decode step of permanent `rows` [B] int64 -> token ids [B] int64; all on the device, to be captured."""
         state = self.state
         positions = state.num_cached_tokens[rows]  # [B]: of the newest token, which is not cached yet
         block_tables = state.block_tables[rows]
@@ -196,9 +197,9 @@ class ModelRunner:
         num_blocks = min(int(available // self.block_bytes), config.max_num_seqs * self.max_blocks)
         if num_blocks < 1:
             raise ValueError(
-                f"no memory for a KV cache: {available / 2**20:.0f} MiB are left and one block of {self.block_size} tokens "
-                f"takes {self.block_bytes / 2**20:.0f}; raise gpu_memory_utilization (now {config.gpu_memory_utilization}) "
-                f"or lower max_num_batched_tokens (now {config.max_num_batched_tokens})"
+                f"no memory for a KV cache: {available / 2**20:.0f} MiB are left, and one block of {self.block_size} "
+                f"tokens takes {self.block_bytes / 2**20:.0f}; raise gpu_memory_utilization (now "
+                f"{config.gpu_memory_utilization}) or lower max_num_batched_tokens (now {config.max_num_batched_tokens})"
             )
         return num_blocks
 
@@ -279,6 +280,4 @@ def free_ram_bytes() -> int:
         with open("/proc/meminfo") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux
-        import os
-
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -13,7 +13,9 @@ from nanovllm.engine.sequence import Sequence, SequenceStatus
 
 
 class Scheduler:
-    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, block_manager: BlockManager, eos: frozenset[int]):
+    def __init__(
+        self, max_num_seqs: int, max_num_batched_tokens: int, block_manager: BlockManager, eos: frozenset[int]
+    ):
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.block_manager = block_manager

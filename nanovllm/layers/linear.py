@@ -4,6 +4,8 @@ Column-parallel layers split the output features, row-parallel ones the input fe
 full tensors of the checkpoint through `load(name, tensor, shard_id)`; the layer keeps its rank's part.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -58,7 +60,7 @@ class ColumnParallelLinear(MergedColumnParallelLinear):
 class QKVParallelLinear(MergedColumnParallelLinear):
     """Queries, keys and values in one product, split by heads."""
 
-    SHARDS = {"q": 0, "k": 1, "v": 2}
+    SHARDS: ClassVar = {"q": 0, "k": 1, "v": 2}
 
     def __init__(
         self, hidden_size: int, head_dim: int, num_heads: int, num_kv_heads: int, bias: bool, tp: TensorParallel

@@ -15,8 +15,9 @@ class RotaryEmbedding(nn.Module):
         """inv_freq [head_dim / 2] float32; `scale` multiplies cosines and sines (yarn's attention factor)."""
         super().__init__()
         angles = torch.outer(torch.arange(max_position, dtype=torch.float32), inv_freq)
+        cos_sin = torch.cat((angles.cos(), angles.sin()), -1) * scale
         self.cos_sin: torch.Tensor
-        self.register_buffer("cos_sin", (torch.cat((angles.cos(), angles.sin()), -1) * scale).to(device), persistent=False)
+        self.register_buffer("cos_sin", cos_sin.to(device), persistent=False)
 
 
 def get_rope(config: Any, head_dim: int, max_position: int, device: torch.device) -> RotaryEmbedding:

@@ -10,5 +10,5 @@ class Sampler(nn.Module):
     def forward(
         self, logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
-        """logits [B, vocab]; temperatures [B] float32; seeds, positions [B] int64 -> token ids [B] int64, -1 for NaN."""
+        """logits [B, vocab]; temperatures [B] float32; seeds, positions [B] int64 -> token ids [B] int64."""
         return gumbel_argmax(logits, temperatures, seeds, positions)

@@ -3,7 +3,7 @@
 Activations are [T, hidden]: the T new tokens of all rows of the batch, one after another.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -77,10 +77,9 @@ class Qwen3DecoderLayer(nn.Module):
 
 class Qwen3Model(nn.Module):
     def __init__(
-        self, config: Any, layer_class: type[Qwen3DecoderLayer], max_position: int, device: torch.device, tp: TensorParallel
+        self, config: Any, layer_class: type[Qwen3DecoderLayer], rotary_emb: RotaryEmbedding, tp: TensorParallel
     ):
         super().__init__()
-        rotary_emb = get_rope(config, head_dim(config), max_position, device)
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
         self.layers = nn.ModuleList(layer_class(config, rotary_emb, tp) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -95,7 +94,7 @@ class Qwen3Model(nn.Module):
 class Qwen3ForCausalLM(nn.Module):
     layer_class: type[Qwen3DecoderLayer] = Qwen3DecoderLayer
     # Checkpoint names -> the fused parameter that holds them, and which part of it.
-    packed_modules_mapping = {
+    packed_modules_mapping: ClassVar[dict[str, tuple[str, str | int]]] = {
         "q_proj": ("qkv_proj", "q"),
         "k_proj": ("qkv_proj", "k"),
         "v_proj": ("qkv_proj", "v"),
@@ -105,7 +104,8 @@ class Qwen3ForCausalLM(nn.Module):
 
     def __init__(self, config: Any, max_position: int, device: torch.device, tp: TensorParallel):
         super().__init__()
-        self.model = Qwen3Model(config, self.layer_class, max_position, device, tp)
+        rotary_emb = get_rope(config, head_dim(config), max_position, device)
+        self.model = Qwen3Model(config, self.layer_class, rotary_emb, tp)
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, tp)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -27,21 +28,22 @@ class Context:
     backend_data: object = None
 
 
-_context: Context | None = None
+# Of the thread: two engines may run in two threads.
+_current: ContextVar[Context | None] = ContextVar("nanovllm_context", default=None)
 
 
 def get_context() -> Context:
-    assert _context is not None, "a model runs inside `with set_context(...)`"
-    return _context
+    context = _current.get()
+    assert context is not None, "a model runs inside `with set_context(...)`"
+    return context
 
 
 @contextmanager
 def set_context(context: Context) -> Iterator[None]:
     """Make `context` the current one; refuses nesting, which would be two forwards at once."""
-    global _context
-    assert _context is None, "one forward at a time"
-    _context = context
+    assert _current.get() is None, "one forward at a time"
+    token = _current.set(context)
     try:
         yield
     finally:
-        _context = None
+        _current.reset(token)

@@ -1,4 +1,4 @@
-"""The ranks that share one model. Passed to every layer that is split, so that two engines can differ in one process."""
+"""The ranks that share one model; passed to every split layer, so that two engines can differ in one process."""
 
 from dataclasses import dataclass
 

@@ -3,16 +3,16 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 # Buffers that old checkpoints carry and that are computed here.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 
 
-def load_model(model: nn.Module, path: str | Path) -> None:
+def load_model(model: Any, path: str | Path) -> None:
     """Copy every tensor of the checkpoint at `path` into `model`, one at a time, straight to its device and dtype.
 
     Raises:

@@ -39,7 +39,7 @@ def check_bool(name: str, value: Any) -> bool:
 def strict_kwargs(cls: type) -> type:
     """Class decorator for a dataclass: an unknown keyword is a TypeError that suggests the nearest field."""
     names = [field.name for field in dataclasses.fields(cls) if field.init]
-    init = cls.__init__
+    init = cls.__init__  # type: ignore[misc]
 
     @functools.wraps(init)
     def checked(self, *args, **kwargs):

@@ -1,0 +1,63 @@
+"""What every Triton kernel file imports: `triton` and `tl` where they are installed, and the options of a launch."""
+
+import functools
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    import triton
+    import triton.language as tl
+else:
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:  # macOS, CPU-only installs: the kernels below then stay plain functions that nobody calls
+        triton = tl = None
+
+HAS_TRITON = triton is not None
+if not HAS_TRITON:
+    tl = SimpleNamespace(constexpr=object, uint32=None)
+
+# Programmatic dependent launch (Hopper and later): a kernel may start while its predecessor drains, and waits for the
+# predecessor's writes in `pdl_wait`. Every kernel calls that before it touches memory which another kernel writes.
+PDL = False
+
+
+def jit(function=None, *, do_not_specialize: tuple[str, ...] = ()):
+    """`triton.jit`, or nothing where Triton is missing.
+
+    An integer argument is compiled anew when it is 1 or a multiple of 16: `do_not_specialize` names those that change
+    from step to step.
+    """
+    if function is None:
+        return functools.partial(jit, do_not_specialize=do_not_specialize)
+    return triton.jit(function, do_not_specialize=list(do_not_specialize)) if HAS_TRITON else function
+
+
+def use_triton(x: torch.Tensor) -> bool:
+    return HAS_TRITON and x.is_cuda
+
+
+def launch_options() -> dict[str, Any]:
+    """The keyword arguments of a launch that say whether it is a programmatic dependent one."""
+    return {"PDL": True, "launch_pdl": True} if PDL else {"PDL": False}
+
+
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    """132 of an H100 stand in where there are none, so that interpreted kernels take the same paths."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+@jit
+def pdl_wait(PDL: "tl.constexpr"):
+    """Wait for the predecessor's writes; let the successor be launched, which waits here in its turn."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
