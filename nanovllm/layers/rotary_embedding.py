@@ -14,7 +14,8 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, inv_freq: torch.Tensor, max_position: int, scale: float, device: torch.device):
         """inv_freq [head_dim / 2] float32; `scale` multiplies cosines and sines (yarn's attention factor)."""
         super().__init__()
-        angles = torch.outer(torch.arange(max_position, dtype=torch.float32), inv_freq)
+        # Everything on the CPU, so that the table is the same on every device.
+        angles = torch.outer(torch.arange(max_position, dtype=torch.float32, device="cpu"), inv_freq)
         cos_sin = torch.cat((angles.cos(), angles.sin()), -1) * scale
         self.cos_sin: torch.Tensor
         self.register_buffer("cos_sin", cos_sin.to(device), persistent=False)
@@ -71,7 +72,7 @@ def yarn_inv_freq(inv_freq: torch.Tensor, rope: dict[str, Any], max_position: in
     if rope.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * half - 1)
-    slowed = ((torch.arange(half, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+    slowed = ((torch.arange(half, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)
     inv_freq = inv_freq / factor * slowed + inv_freq * (1 - slowed)
 
     def mscale(weight: float) -> float:
