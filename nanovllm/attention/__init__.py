@@ -37,6 +37,7 @@ class AttentionBackend(ABC):
 # name: (module, class, block sizes are multiples of)
 BACKENDS = {
     "flash_attn": ("nanovllm.attention.flash_attn", "FlashAttnBackend", 256),
+    "triton": ("nanovllm.attention.triton", "TritonBackend", 16),
     "sdpa": ("nanovllm.attention.sdpa", "SdpaBackend", 1),
 }
 
@@ -62,6 +63,11 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype, block_size: int
     multiple = BACKENDS[name][2]
     if block_size % multiple:
         return f"it needs kvcache_block_size to be a multiple of {multiple}, got {block_size}"
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        if head_dim not in (16, 32, 64, 128, 256):
+            return f"it takes a head_dim that is a power of 2 up to 256, and the model's is {head_dim}"
     if name == "flash_attn":
         if importlib.util.find_spec("flash_attn") is None:
             return "the package flash-attn is not installed"

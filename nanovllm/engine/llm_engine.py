@@ -213,7 +213,7 @@ class LLMEngine:
             raise ValueError(
                 f"{name} has {len(token_ids)} tokens and max_tokens={params.max_tokens}: it needs "
                 f"{-(-max(num_tokens - 1, len(token_ids)) // block_size)} blocks of KV cache and there are "
-                f"{self.block_manager.num_blocks}: lower max_tokens, or raise num_kvcache_blocks or gpu_memory_utilization"
+                f"{self.block_manager.num_blocks}: lower max_tokens, or raise num_kvcache_blocks"
             )
         return Sequence(token_ids, params, num_tokens, block_size, self._random.getrandbits(63))
 

@@ -198,8 +198,8 @@ class ModelRunner:
         if num_blocks < 1:
             raise ValueError(
                 f"no memory for a KV cache: {available / 2**20:.0f} MiB are left, and one block of {self.block_size} "
-                f"tokens takes {self.block_bytes / 2**20:.0f}; raise gpu_memory_utilization (now "
-                f"{config.gpu_memory_utilization}) or lower max_num_batched_tokens (now {config.max_num_batched_tokens})"
+                f"tokens takes {self.block_bytes / 2**20:.0f}; raise gpu_memory_utilization, now "
+                f"{config.gpu_memory_utilization}, or lower max_num_batched_tokens, now {config.max_num_batched_tokens}"
             )
         return num_blocks
 

@@ -60,7 +60,8 @@ def qk_norm_rope_store_triton(qkv, positions, cos_sin, q_weight, k_weight, eps, 
     num_kv_heads, head_dim = k_cache.shape[-2:]
     q, k, v = split_heads(qkv, num_kv_heads, head_dim)
     assert (q_weight is None) == (k_weight is None)
-    assert qkv.stride(1) == 1 and k_cache.is_contiguous() and v_cache.is_contiguous() and cos_sin.is_contiguous()
+    assert qkv.stride(1) == 1
+    assert all(x.is_contiguous() for x in (k_cache, v_cache, cos_sin))
     if len(qkv):
         num_heads = q.shape[1]
         block_half = next_power_of_2(head_dim // 2)

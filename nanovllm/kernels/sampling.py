@@ -13,12 +13,10 @@ from nanovllm.kernels.triton_utils import (
     num_multiprocessors,
     pdl_wait,
     tl,
-    triton_constant,
     use_triton,
 )
 
-GREEDY_BELOW = triton_constant(1e-5)  # temperatures under this are greedy: dividing by them would overflow float32
-SERIES_BELOW = triton_constant(2.0**-4)  # the series' error, u⁵/6, is then at most one of float32's rounding
+GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them would overflow float32
 U32 = 0xFFFFFFFF
 
 
@@ -76,13 +74,14 @@ def gumbel_noise_torch(seeds: torch.Tensor, positions: torch.Tensor, token_ids: 
     """Standard Gumbel noise [B, V] float32 for `token_ids` [V] or [B, V].
 
     -log(-log1p(-u)) with u = (hash + ½)·2⁻³²: the float32 grid is fine where the noise is large and can win; at the
-    other end u rounds to 1 and the noise is -inf. -log1p(-u) is a series for small u, which Triton has no log1p for.
+    other end u rounds to 1 and the noise is -inf. Triton has no log1p: for small u, -log1p(-u) is its series, whose
+    error u⁵/6 is below float32's.
     """
     key0, key1 = row_keys(seeds, positions)
     hashed = mix32(mix32((token_ids + key0[:, None]) & U32) ^ key1[:, None])
     u = (hashed.float() + 0.5) * 2.0**-32
     series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5)))))
-    exponential = torch.where(u < SERIES_BELOW, series, -torch.log(1 - u))
+    exponential = torch.where(u < 2.0**-4, series, -torch.log(1 - u))
     return -torch.log(exponential)
 
 
@@ -118,8 +117,9 @@ def gumbel_max_triton(logits, temperatures, seeds, positions, first_token_id=0):
     tile_ids = torch.empty(batch_size, num_tiles, dtype=torch.int32, device=logits.device)
     _gumbel_tile_kernel[(batch_size, num_tiles)](
         logits, temperatures, seeds, positions, tile_scores, tile_ids,
-        logits.stride(0), vocab_size, tile_blocks * BLOCK, num_tiles, first_token_id,
-        BLOCK=BLOCK, APPROX_LOG=logits.is_cuda and torch.version.hip is None, num_warps=4, **launch_options(),
+        logits.stride(0), vocab_size, tile_blocks, num_tiles, first_token_id,
+        GREEDY_BELOW=GREEDY_BELOW, BLOCK=BLOCK, APPROX_LOG=logits.is_cuda and torch.version.hip is None,
+        num_warps=4, **launch_options(),
     )  # fmt: skip
     _gumbel_combine_kernel[(batch_size,)](
         tile_scores, tile_ids, scores, token_ids, num_tiles,
@@ -155,15 +155,15 @@ def _gumbel(token_ids, key0, key1, APPROX_LOG: tl.constexpr):
     hashed = _mix32(_mix32(token_ids.to(tl.uint32) + key0) ^ key1)
     u = (hashed.to(tl.float32) + 0.5) * 2.3283064365386963e-10
     series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5)))))
-    exponential = tl.where(u < SERIES_BELOW, series, -_log(1 - u, APPROX_LOG))
+    exponential = tl.where(u < 0.0625, series, -_log(1 - u, APPROX_LOG))
     return -_log(exponential, APPROX_LOG)
 
 
-@jit(do_not_specialize=("tile_size", "num_tiles", "first_token_id"))
+@jit(do_not_specialize=("tile_blocks", "num_tiles", "first_token_id"))
 def _gumbel_tile_kernel(
     logits_ptr, temperatures_ptr, seeds_ptr, positions_ptr, tile_scores_ptr, tile_ids_ptr,
-    logits_stride, vocab_size, tile_size, num_tiles, first_token_id,
-    BLOCK: tl.constexpr, APPROX_LOG: tl.constexpr, PDL: tl.constexpr,
+    logits_stride, vocab_size, tile_blocks, num_tiles, first_token_id,
+    GREEDY_BELOW: tl.constexpr, BLOCK: tl.constexpr, APPROX_LOG: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a row and tile: each thread keeps the best of its tokens, the program the best of its threads."""
     row = tl.program_id(0).to(tl.int64)
@@ -172,7 +172,7 @@ def _gumbel_tile_kernel(
     temperature = tl.load(temperatures_ptr + row)
     seed = tl.load(seeds_ptr + row)
     position = tl.load(positions_ptr + row)
-    inverse = 1.0 / temperature
+    inverse = 1.0 / tl.maximum(temperature, GREEDY_BELOW)
     key = _mix32(seed.to(tl.uint32) ^ 0x9E3779B9)
     key = _mix32(key ^ (seed >> 32).to(tl.uint32))
     key0 = _mix32(key ^ position.to(tl.uint32))
@@ -181,11 +181,11 @@ def _gumbel_tile_kernel(
     offsets = tl.arange(0, BLOCK)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     best_ids = tl.zeros([BLOCK], tl.int32)
-    for start in range(tile * tile_size, tl.minimum((tile + 1) * tile_size, vocab_size), BLOCK):
-        ids = start + offsets
+    for block in range(tile * tile_blocks, tl.minimum((tile + 1) * tile_blocks, tl.cdiv(vocab_size, BLOCK))):
+        ids = block * BLOCK + offsets
         score = tl.load(logits_ptr + row * logits_stride + ids, mask=ids < vocab_size, other=float("-inf"))
         score = score.to(tl.float32)
-        if temperature >= GREEDY_BELOW:
+        if temperature >= GREEDY_BELOW:  # the noise costs more than the read: greedy rows do without
             score = score * inverse + _gumbel(first_token_id + ids, key0, key1, APPROX_LOG)
         score = tl.where(score != score, float("inf"), score)  # a NaN fails its row as +inf does
         better = score > best  # equals keep the lower id

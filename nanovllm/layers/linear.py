@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanovllm.kernels.activation import silu_and_mul
+from nanovllm.kernels.linear import linear_partial, norm_linear
+from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.distributed import TensorParallel
 from nanovllm.utils.loader import check_dim, copy_exact
 
@@ -49,6 +52,19 @@ class MergedColumnParallelLinear(LinearBase):
         check_dim(tensor, 0, self.shard_sizes[index] * self.tp.size)
         copy_exact(target, tensor.narrow(0, self.tp.rank * self.shard_sizes[index], self.shard_sizes[index]))
 
+    def forward_normed(
+        self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None, gated: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The product of norm(x + residual), and x + residual; `gated`: of its two parts, silu(first) · second.
+
+        x [T, in] or partial sums [S, T, in], residual [T, in] or None -> [T, out], [T, in].
+        """
+        if self.bias is None:
+            return norm_linear(x, residual, norm.weight, norm.eps, self.weight, gated)
+        x, residual = norm(x, residual)
+        out = F.linear(x, self.weight, self.bias)
+        return (silu_and_mul(out) if gated else out), residual
+
 
 class ColumnParallelLinear(MergedColumnParallelLinear):
     """One product, split by output features."""
@@ -74,7 +90,10 @@ class QKVParallelLinear(MergedColumnParallelLinear):
 
 
 class RowParallelLinear(LinearBase):
-    """Split by input features; the ranks' partial sums are added up."""
+    """Split by input features; the ranks' partial sums are added up.
+
+    May return its product as partial sums [S, T, out] in float32 instead of [T, out]: the norm that follows adds them.
+    """
 
     def __init__(self, input_size: int, output_size: int, bias: bool, tp: TensorParallel):
         super().__init__(tp.shard("input size", input_size), output_size, bias, tp)
@@ -85,3 +104,6 @@ class RowParallelLinear(LinearBase):
             check_dim(tensor, 1, shard_size * self.tp.size)
             tensor = tensor.narrow(1, self.tp.rank * shard_size, shard_size)
         super().load(name, tensor, shard_id)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear_partial(x, self.weight) if self.bias is None else F.linear(x, self.weight, self.bias)

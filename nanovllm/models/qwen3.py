@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from nanovllm.config import head_dim
-from nanovllm.layers.activation import SiluAndMul
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
@@ -36,11 +35,13 @@ class Qwen3Attention(nn.Module):
         """Whether q, k, v and whether o have a bias."""
         return config.attention_bias, config.attention_bias
 
-    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        qkv = self.qkv_proj(hidden_states)
+    def forward(
+        self, positions: torch.Tensor, norm: RMSNorm, hidden_states: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        qkv, residual = self.qkv_proj.forward_normed(norm, hidden_states, residual)
         q_weight = self.q_norm.weight if self.q_norm is not None else None
         k_weight = self.k_norm.weight if self.k_norm is not None else None
-        return self.o_proj(self.attn(positions, qkv, q_weight, k_weight, self.eps))
+        return self.o_proj(self.attn(positions, qkv, q_weight, k_weight, self.eps)), residual
 
 
 class Qwen3MLP(nn.Module):
@@ -50,10 +51,12 @@ class Qwen3MLP(nn.Module):
         bias = getattr(config, "mlp_bias", False)
         self.gate_up_proj = MergedColumnParallelLinear(hidden, [intermediate, intermediate], bias, tp)
         self.down_proj = RowParallelLinear(intermediate, hidden, bias, tp)
-        self.act_fn = SiluAndMul()
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_up_proj(hidden_states)))
+    def forward(
+        self, norm: RMSNorm, hidden_states: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        gated, residual = self.gate_up_proj.forward_normed(norm, hidden_states, residual, gated=True)
+        return self.down_proj(gated), residual
 
 
 class Qwen3DecoderLayer(nn.Module):
@@ -69,10 +72,9 @@ class Qwen3DecoderLayer(nn.Module):
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden_states, residual = self.input_layernorm(hidden_states, residual)
-        hidden_states = self.self_attn(positions, hidden_states)
-        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
-        return self.mlp(hidden_states), residual
+        # The norms go inside: each is fused with the residual addition before it and, for one row, the product after.
+        hidden_states, residual = self.self_attn(positions, self.input_layernorm, hidden_states, residual)
+        return self.mlp(self.post_attention_layernorm, hidden_states, residual)
 
 
 class Qwen3Model(nn.Module):

@@ -1,0 +1,301 @@
+"""Paged attention for one query token a sequence (split-KV, "flash-decoding"). Called by attention/triton.py.
+
+The contexts of a step are cut, on the device, into items of about equal length: as many as fill the chip however the
+lengths are spread, none much longer than the rest. A program attends one item for the query heads of one kv head. The
+last of a sequence's programs to finish merges what the others left, so that no second kernel has to wait for all.
+The grid depends on the batch size alone, not on the longest context: a CUDA graph holds for any lengths.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from nanovllm.kernels.triton_utils import (
+    jit,
+    launch_options,
+    next_power_of_2,
+    num_multiprocessors,
+    pdl_wait,
+    tl,
+    use_triton,
+)
+
+LOG2_E = 1.4426950408889634
+BLOCK = 64  # tokens a program reads at a time; items are whole blocks
+MIN_ITEM_LEN = 128  # shorter items would take less time than merging them
+# Four programs a multiprocessor keep memory busy while some begin and some end.
+PROGRAMS_PER_MULTIPROCESSOR = 4
+ITEM_FIELDS = 8  # sequence or -1, first token, end, the sequence's first item, number of its items; 32 bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """How a step's contexts are cut, and where partial results lie; the same for every layer."""
+
+    items: torch.Tensor  # [max_items, ITEM_FIELDS] int32
+    partial_out: torch.Tensor  # [max_items, num_heads, head_dim] float32
+    partial_lse: torch.Tensor  # [max_items, num_heads] float32, log2 of the sum of exponentials
+    arrivals: torch.Tensor  # [B, num_kv_heads] int32: how many of a sequence's programs are done; 0 between layers
+
+
+def paged_attention_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    max_context_len: int,
+    out: torch.Tensor | None = None,
+    plan: DecodePlan | None = None,
+) -> torch.Tensor:
+    """Attention of each sequence's one query over its whole context.
+
+    Args:
+        q: [B, num_heads, head_dim], rows may be strided.
+        k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim].
+        block_tables: [B, max_blocks] int32; entries beyond a context are not read.
+        context_lens: [B] int32; a row of none is zeros.
+        max_context_len: no context is longer.
+        out: [B, num_heads, head_dim], contiguous; None for a new one.
+        plan: of `plan_decode`, to share among layers; None for one of its own.
+
+    Returns:
+        [B, num_heads, head_dim]
+    """
+    if use_triton(q):
+        return paged_attention_decode_triton(
+            q, k_cache, v_cache, block_tables, context_lens, scale, max_context_len, out, plan
+        )
+    return paged_attention_decode_torch(q, k_cache, v_cache, block_tables, context_lens, scale, max_context_len, out)
+
+
+def paged_attention_decode_torch(
+    q, k_cache, v_cache, block_tables, context_lens, scale, max_context_len, out=None, plan=None
+):
+    block_size, num_kv_heads = k_cache.shape[1:3]
+    group = q.shape[1] // num_kv_heads
+    out = q.new_empty(q.shape) if out is None else out
+    for row, length in enumerate(context_lens.tolist()):
+        pages = block_tables[row, : -(-length // block_size)].long()
+        k, v = (cache[pages].flatten(0, 1)[:length].float() for cache in (k_cache, v_cache))
+        queries = q[row].float().view(num_kv_heads, group, q.shape[2])
+        scores = torch.einsum("hgd,thd->hgt", queries, k) * scale
+        out[row] = torch.einsum("hgt,thd->hgd", scores.softmax(-1), v).flatten(0, 1)
+    return out
+
+
+def plan_decode(
+    context_lens: torch.Tensor, num_heads: int, num_kv_heads: int, head_dim: int, max_context_len: int
+) -> DecodePlan:
+    """Cut contexts of lengths context_lens [B] int32, none beyond max_context_len."""
+    device, batch_size = context_lens.device, len(context_lens)
+    # A large batch fills the chip without cutting; there, cutting what is longer than the mean keeps one long context
+    # from outlasting the rest.
+    num_programs = PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(device)
+    target_items = max(-(-num_programs // num_kv_heads), batch_size)
+    # Up to one a sequence beyond the target, since lengths do not divide evenly.
+    max_items = min(target_items + batch_size, batch_size * max(-(-max_context_len // MIN_ITEM_LEN), 1))
+    plan = DecodePlan(
+        torch.empty(max_items, ITEM_FIELDS, dtype=torch.int32, device=device),
+        torch.empty(max_items, num_heads, head_dim, dtype=torch.float32, device=device),
+        torch.empty(max_items, num_heads, dtype=torch.float32, device=device),
+        torch.empty(batch_size, num_kv_heads, dtype=torch.int32, device=device),
+    )
+    _plan_kernel[(1,)](
+        context_lens, plan.items, plan.arrivals, batch_size, max_items, target_items,
+        NUM_KV_HEADS=num_kv_heads, BLOCK=BLOCK, MIN_ITEM_LEN=MIN_ITEM_LEN, ITEM_FIELDS=ITEM_FIELDS, TILE=256,
+        num_warps=4, **launch_options(),
+    )  # fmt: skip
+    return plan
+
+
+def paged_attention_decode_triton(
+    q, k_cache, v_cache, block_tables, context_lens, scale, max_context_len, out=None, plan=None, config=None
+):
+    batch_size, num_heads, head_dim = q.shape
+    block_size, num_kv_heads = k_cache.shape[1:3]
+    assert head_dim == next_power_of_2(head_dim) >= 16, "tl.dot takes powers of 2"
+    assert q.stride()[1:] == (head_dim, 1)
+    out = q.new_empty(q.shape) if out is None else out
+    assert k_cache.is_contiguous()
+    assert v_cache.is_contiguous()
+    assert out.is_contiguous()
+    if not batch_size:
+        return out
+    if plan is None:
+        plan = plan_decode(context_lens, num_heads, num_kv_heads, head_dim, max_context_len)
+    # Three stages at head_dim 128 in 16 bits: two blocks, 64 KB, in flight, and three programs a multiprocessor.
+    num_warps, num_stages = config or (4, 3 if k_cache.element_size() * head_dim <= 256 else 2)
+    group = num_heads // num_kv_heads
+    block_merge = next_power_of_2(group)
+    _decode_kernel[(num_kv_heads, len(plan.items))](
+        q, k_cache, v_cache, block_tables, plan.items, plan.partial_out, plan.partial_lse, plan.arrivals, out,
+        scale * LOG2_E, q.stride(0), block_tables.stride(0),
+        NUM_KV_HEADS=num_kv_heads, GROUP=group, D=head_dim, PAGE=block_size, ITEM_FIELDS=ITEM_FIELDS,
+        BLOCK=BLOCK, BLOCK_HEADS=max(block_merge, 16), BLOCK_MERGE=block_merge,
+        MERGE_ITEMS=max(4096 // (block_merge * head_dim), 1),  # 32 numbers a thread
+        num_warps=num_warps, num_stages=num_stages, **launch_options(),
+    )  # fmt: skip
+    return out
+
+
+@jit(do_not_specialize=("batch_size", "max_items", "target_items"))
+def _plan_kernel(
+    context_lens_ptr, items_ptr, arrivals_ptr, batch_size, max_items, target_items,
+    NUM_KV_HEADS: tl.constexpr, BLOCK: tl.constexpr, MIN_ITEM_LEN: tl.constexpr, ITEM_FIELDS: tl.constexpr,
+    TILE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program for all, TILE sequences at a time."""
+    pdl_wait(PDL)
+    lanes = tl.arange(0, TILE)
+    total = tl.zeros([TILE], tl.int32)
+    for first_seq in range(0, batch_size, TILE):
+        seqs = first_seq + lanes
+        total += tl.load(context_lens_ptr + seqs, mask=seqs < batch_size, other=0)
+    longest = tl.maximum(tl.cdiv(tl.sum(total, axis=0), target_items), MIN_ITEM_LEN)
+
+    end_item = 0
+    for first_seq in range(0, batch_size, TILE):
+        seqs = first_seq + lanes
+        live = seqs < batch_size
+        lens = tl.load(context_lens_ptr + seqs, mask=live, other=0)
+        num_items = tl.maximum(tl.cdiv(lens, longest), 1)
+        item_len = tl.maximum(tl.cdiv(tl.cdiv(lens, num_items), BLOCK), 1) * BLOCK  # equal but for whole blocks
+        num_items = tl.where(live, tl.maximum(tl.cdiv(lens, item_len), 1), 0)
+        first_item = end_item + tl.cumsum(num_items, axis=0) - num_items
+        for i in range(tl.max(num_items, axis=0)):
+            mask = (i < num_items) & (first_item + i < max_items)
+            item_ptrs = items_ptr + (first_item + i) * ITEM_FIELDS
+            tl.store(item_ptrs, seqs, mask=mask)
+            tl.store(item_ptrs + 1, i * item_len, mask=mask)
+            tl.store(item_ptrs + 2, tl.minimum((i + 1) * item_len, lens), mask=mask)
+            tl.store(item_ptrs + 3, first_item, mask=mask)
+            tl.store(item_ptrs + 4, num_items, mask=mask)
+        for head in range(NUM_KV_HEADS):
+            tl.store(arrivals_ptr + seqs * NUM_KV_HEADS + head, tl.zeros([TILE], tl.int32), mask=live)
+        end_item += tl.sum(num_items, axis=0)
+    for item in range(end_item, max_items, TILE):
+        tl.store(
+            items_ptr + (item + lanes) * ITEM_FIELDS, -1 + tl.zeros([TILE], tl.int32), mask=item + lanes < max_items
+        )
+
+
+@jit
+def load_pages(table_ptr, token, end, offsets, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+    """The page of each of BLOCK tokens from `token` on, 0 from `end` on; a scalar where a block lies within one page."""
+    if PAGE % BLOCK == 0:
+        return tl.load(table_ptr + token // PAGE, mask=token < end, other=0)
+    else:
+        return tl.load(table_ptr + (token + offsets) // PAGE, mask=token + offsets < end, other=0)
+
+
+@jit
+def page_offsets(pages, token, offsets, ROW: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK] int64: where the tokens' rows of ROW elements begin in the cache."""
+    if PAGE % BLOCK == 0:
+        return (pages.to(tl.int64) * PAGE + token % PAGE) * ROW + offsets * ROW
+    else:
+        return (pages.to(tl.int64) * PAGE + (token + offsets) % PAGE) * ROW
+
+
+@jit(do_not_specialize=("table_stride",))
+def _decode_kernel(
+    q_ptr, k_cache_ptr, v_cache_ptr, block_tables_ptr, items_ptr, partial_out_ptr, partial_lse_ptr, arrivals_ptr,
+    out_ptr, scale_log2, q_stride, table_stride,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, ITEM_FIELDS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_MERGE: tl.constexpr, MERGE_ITEMS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """One program an item and kv head; its GROUP query heads are the first rows of a tile that tl.dot accepts."""
+    NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
+    ROW: tl.constexpr = NUM_KV_HEADS * D
+    kv_head = tl.program_id(0)
+    item = tl.program_id(1)
+    pdl_wait(PDL)
+    item_ptr = items_ptr + item * ITEM_FIELDS
+    seq = tl.load(item_ptr).to(tl.int64)
+    begin = tl.load(item_ptr + 1)
+    end = tl.load(item_ptr + 2)
+    first_item = tl.load(item_ptr + 3)
+    num_items = tl.load(item_ptr + 4)
+    if seq >= 0:
+        dims = tl.arange(0, D)
+        offsets = tl.arange(0, BLOCK)
+        rows = tl.arange(0, BLOCK_HEADS)
+        heads = kv_head * GROUP + rows
+        in_group = rows < GROUP
+        q_offsets = seq * q_stride + heads[:, None] * D + dims[None, :]
+        q = tl.load(q_ptr + q_offsets, mask=in_group[:, None], other=0.0)
+        m = tl.full([BLOCK_HEADS], float("-inf"), tl.float32)  # running maximum of the scores, in units of log2
+        l = tl.zeros([BLOCK_HEADS], tl.float32)  # running sum of 2^(score - m)  # noqa: E741
+        acc = tl.zeros([BLOCK_HEADS, D], tl.float32)
+        table_ptr = block_tables_ptr + seq * table_stride
+        pages = load_pages(table_ptr, begin, end, offsets, PAGE, BLOCK)
+        for token in range(begin, end, BLOCK):
+            # The next pages are asked for now: otherwise each k and v would wait for two reads, one after the other.
+            next_pages = load_pages(table_ptr, token + BLOCK, end, offsets, PAGE, BLOCK)
+            kv_offsets = page_offsets(pages, token, offsets, ROW, PAGE, BLOCK)[:, None] + kv_head * D + dims[None, :]
+            live = token + offsets < end
+            k = tl.load(k_cache_ptr + kv_offsets, mask=live[:, None], other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+            scores = tl.where(live[None, :], scores, float("-inf"))
+            m_new = tl.maximum(m, tl.max(scores, axis=1))
+            p = tl.exp2(scores - m_new[:, None])
+            alpha = tl.exp2(m - m_new)
+            l = l * alpha + tl.sum(p, axis=1)  # noqa: E741
+            v = tl.load(v_cache_ptr + kv_offsets, mask=live[:, None], other=0.0)
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+            m = m_new
+            pages = next_pages
+        acc = acc / tl.where(l > 0, l, 1.0)[:, None]  # an empty context has no sum
+
+        head_offsets = heads[:, None] * D + dims[None, :]
+        if num_items == 1:
+            out_offsets = seq * (NUM_HEADS * D) + head_offsets
+            tl.store(out_ptr + out_offsets, acc.to(out_ptr.dtype.element_ty), mask=in_group[:, None])
+        else:
+            tl.store(partial_out_ptr + item * (NUM_HEADS * D) + head_offsets, acc, mask=in_group[:, None])
+            tl.store(partial_lse_ptr + item * NUM_HEADS + heads, m + tl.log2(l), mask=in_group)
+            # All threads' stores come before the count (barrier, release), all loads of a merge after it (acquire).
+            tl.debug_barrier()
+            arrived = tl.atomic_add(arrivals_ptr + seq * NUM_KV_HEADS + kv_head, 1, sem="acq_rel")
+            if arrived == num_items - 1:
+                tl.store(arrivals_ptr + seq * NUM_KV_HEADS + kv_head, 0)  # for the next layer
+                merge_rows = tl.arange(0, BLOCK_MERGE)
+                merge_heads = kv_head * GROUP + merge_rows
+                merged = merge_items(
+                    partial_out_ptr, partial_lse_ptr, first_item, num_items, merge_heads, merge_rows < GROUP,
+                    NUM_HEADS, D, BLOCK_MERGE, MERGE_ITEMS,
+                )  # fmt: skip
+                merge_offsets = seq * (NUM_HEADS * D) + merge_heads[:, None] * D + dims[None, :]
+                tl.store(
+                    out_ptr + merge_offsets, merged.to(out_ptr.dtype.element_ty), mask=(merge_rows < GROUP)[:, None]
+                )
+
+
+@jit
+def merge_items(
+    partial_out_ptr, partial_lse_ptr, first_item, num_items, heads, head_live,
+    NUM_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_MERGE: tl.constexpr, MERGE_ITEMS: tl.constexpr,
+):  # fmt: skip
+    """The mean of a sequence's partial results, weighted by their sums of exponentials; [BLOCK_MERGE, D] float32."""
+    dims = tl.arange(0, D)
+    m = tl.full([BLOCK_MERGE], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_MERGE], tl.float32)  # noqa: E741
+    acc = tl.zeros([BLOCK_MERGE, D], tl.float32)
+    for start in range(0, num_items, MERGE_ITEMS):
+        items = start + tl.arange(0, MERGE_ITEMS)
+        live = (items < num_items)[:, None] & head_live[None, :]
+        rows = (first_item + items)[:, None] * NUM_HEADS + heads[None, :]
+        # .cg: written by other multiprocessors, so not from this one's L1.
+        lse = tl.load(partial_lse_ptr + rows, mask=live, other=float("-inf"), cache_modifier=".cg")
+        out_ptrs = partial_out_ptr + rows[:, :, None] * D + dims[None, None, :]
+        out = tl.load(out_ptrs, mask=live[:, :, None], other=0.0, cache_modifier=".cg")
+        m_new = tl.where(head_live, tl.maximum(m, tl.max(lse, axis=0)), 0.0)
+        weight = tl.exp2(lse - m_new[None, :])
+        alpha = tl.exp2(m - m_new)
+        l = l * alpha + tl.sum(weight, axis=0)  # noqa: E741
+        acc = acc * alpha[:, None] + tl.sum(weight[:, :, None] * out, axis=0)
+        m = m_new
+    return acc / tl.where(head_live, l, 1.0)[:, None]
