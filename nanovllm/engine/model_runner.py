@@ -133,7 +133,7 @@ class ModelRunner:
         token_ids = self.sampler(logits, state.temperatures[rows], state.seeds[rows], positions + 1)
         state.last_token[rows] = token_ids
         state.num_cached_tokens[rows] = positions + 1
-        state.num_cached_tokens[-1] = 0
+        state.num_cached_tokens[-1:].zero_()  # the padding row stays where it is
         return token_ids
 
     def run_model(self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context) -> torch.Tensor:

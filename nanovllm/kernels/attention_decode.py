@@ -140,7 +140,7 @@ def paged_attention_decode_triton(
     return out
 
 
-@jit(do_not_specialize=("batch_size", "max_items", "target_items"))
+@jit(do_not_specialize=("context_lens_ptr", "batch_size", "max_items", "target_items"))
 def _plan_kernel(
     context_lens_ptr, items_ptr, arrivals_ptr, batch_size, max_items, target_items,
     NUM_KV_HEADS: tl.constexpr, BLOCK: tl.constexpr, MIN_ITEM_LEN: tl.constexpr, ITEM_FIELDS: tl.constexpr,
@@ -183,7 +183,7 @@ def _plan_kernel(
 
 @jit
 def load_pages(table_ptr, token, end, offsets, PAGE: tl.constexpr, BLOCK: tl.constexpr):
-    """The page of each of BLOCK tokens from `token` on, 0 from `end` on; a scalar where a block lies within one page."""
+    """The page of each of BLOCK tokens from `token` on, 0 from `end` on; a scalar if blocks lie within pages."""
     if PAGE % BLOCK == 0:
         return tl.load(table_ptr + token // PAGE, mask=token < end, other=0)
     else:
@@ -199,7 +199,7 @@ def page_offsets(pages, token, offsets, ROW: tl.constexpr, PAGE: tl.constexpr, B
         return (pages.to(tl.int64) * PAGE + (token + offsets) % PAGE) * ROW
 
 
-@jit(do_not_specialize=("table_stride",))
+@jit(do_not_specialize=("block_tables_ptr", "table_stride"))
 def _decode_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, block_tables_ptr, items_ptr, partial_out_ptr, partial_lse_ptr, arrivals_ptr,
     out_ptr, scale_log2, q_stride, table_stride,

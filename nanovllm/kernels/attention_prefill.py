@@ -97,7 +97,7 @@ def choose_config(q: torch.Tensor, max_rows: int) -> tuple[int, int, int, int]:
     return 128, 64, 8, num_stages
 
 
-@jit(do_not_specialize=("batch_size", "table_stride"))
+@jit(do_not_specialize=("block_tables_ptr", "cu_seqlens_q_ptr", "context_lens_ptr", "batch_size", "table_stride"))
 def _prefill_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, block_tables_ptr, cu_seqlens_q_ptr, context_lens_ptr, out_ptr,
     scale_log2, batch_size, q_stride, table_stride,

@@ -77,7 +77,7 @@ def qk_norm_rope_store_triton(qkv, positions, cos_sin, q_weight, k_weight, eps, 
     return q, k, v
 
 
-@jit
+@jit(do_not_specialize=("positions_ptr", "slot_mapping_ptr"))
 def _qk_norm_rope_store_kernel(
     qkv_ptr, positions_ptr, cos_sin_ptr, q_weight_ptr, k_weight_ptr, k_cache_ptr, v_cache_ptr, slot_mapping_ptr,
     qkv_stride, eps,

@@ -159,7 +159,7 @@ def _gumbel(token_ids, key0, key1, APPROX_LOG: tl.constexpr):
     return -_log(exponential, APPROX_LOG)
 
 
-@jit(do_not_specialize=("tile_blocks", "num_tiles", "first_token_id"))
+@jit(do_not_specialize=("temperatures_ptr", "seeds_ptr", "positions_ptr", "tile_blocks", "num_tiles", "first_token_id"))
 def _gumbel_tile_kernel(
     logits_ptr, temperatures_ptr, seeds_ptr, positions_ptr, tile_scores_ptr, tile_ids_ptr,
     logits_stride, vocab_size, tile_blocks, num_tiles, first_token_id,

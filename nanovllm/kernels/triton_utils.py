@@ -18,7 +18,7 @@ else:
 
 HAS_TRITON = triton is not None
 if not HAS_TRITON:
-    tl = SimpleNamespace(constexpr=object, uint32=None)
+    tl = SimpleNamespace(constexpr=object)
 
 # Programmatic dependent launch (Hopper and later): a kernel may start while its predecessor drains, and waits for the
 # predecessor's writes in `pdl_wait`. Every kernel calls that before it touches memory which another kernel writes.
@@ -28,8 +28,8 @@ PDL = False
 def jit(function=None, *, do_not_specialize: tuple[str, ...] = ()):
     """`triton.jit`, or nothing where Triton is missing.
 
-    An integer argument is compiled anew when it is 1 or a multiple of 16: `do_not_specialize` names those that change
-    from step to step.
+    A kernel is compiled anew, for seconds, when an integer argument turns 1 or a multiple of 16, or a pointer's
+    alignment to 16 bytes changes: `do_not_specialize` names those that differ from step to step and gain nothing by it.
     """
     if function is None:
         return functools.partial(jit, do_not_specialize=do_not_specialize)
@@ -56,7 +56,7 @@ def next_power_of_2(n: int) -> int:
 
 
 @jit
-def pdl_wait(PDL: "tl.constexpr"):
+def pdl_wait(PDL: tl.constexpr):
     """Wait for the predecessor's writes; let the successor be launched, which waits here in its turn."""
     if PDL:
         tl.extra.cuda.gdc_wait()
