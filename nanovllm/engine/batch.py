@@ -28,9 +28,9 @@ class RequestState:
         self.seeds = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
         self.block_tables = torch.full((num_rows + 1, max_blocks), padding_block, dtype=torch.int32, device=device)
 
-    def write_blocks(self, updates: torch.Tensor) -> None:
-        """updates [3, U] int64: rows, indices in their tables, block ids."""
-        if updates.shape[1]:
+    def write_blocks(self, updates: torch.Tensor | None) -> None:
+        """updates [3, U] int64: rows, indices in their tables, block ids; None for none."""
+        if updates is not None:
             self.block_tables[updates[0], updates[1]] = updates[2].int()
 
 
@@ -47,7 +47,7 @@ class PrefillBatch:
     rows: torch.Tensor  # [B], permanent rows
     context_lens: torch.Tensor  # [B], this step's tokens included
     cu_seqlens_q: torch.Tensor  # [B + 1]
-    block_updates: torch.Tensor  # [3, U], see RequestState.write_blocks
+    block_updates: torch.Tensor | None  # [3, U], see RequestState.write_blocks
     seeds: torch.Tensor  # [B]
     temperatures: torch.Tensor  # [B] float32
 
@@ -56,9 +56,10 @@ class PrefillBatch:
 class DecodeBatch:
     """A step in which every row computes its newest token."""
 
+    row_ids: list[int]  # the permanent rows
     max_context_len: int
-    rows: torch.Tensor  # [B] int64, permanent rows; padded to a graph's size by the runner
-    block_updates: torch.Tensor  # [3, U] int64
+    rows: torch.Tensor  # [B] int64, the same on the device
+    block_updates: torch.Tensor | None  # [3, U] int64, see RequestState.write_blocks
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -70,21 +71,26 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
 def block_updates(seqs: list[Sequence]) -> list[tuple[int, int, int]]:
     """The block table entries (row, index, block id) that the device has not been told of."""
     updates = []
-    for seq in seqs:
+    for seq in [seq for seq in seqs if seq.num_device_blocks < len(seq.block_table)]:
         for i in range(seq.num_device_blocks, len(seq.block_table)):
             updates.append((seq.row, i, seq.block_table[i]))
         seq.num_device_blocks = len(seq.block_table)
     return updates
 
 
-def prepare_decode(seqs: list[Sequence], device: torch.device) -> DecodeBatch:
+def prepare_decode(seqs: list[Sequence], device: torch.device, previous: DecodeBatch | None = None) -> DecodeBatch:
+    """`previous`: the batch of the step before; if its rows are these, they need not travel again."""
     updates = block_updates(seqs)
-    packed = np.array([seq.row for seq in seqs] + [x for column in zip(*updates) for x in column], dtype=np.int64)
-    tensor = to_device(packed, device)
+    row_ids = [seq.row for seq in seqs]
+    if previous is not None and previous.row_ids == row_ids:
+        rows = previous.rows
+    else:
+        rows = to_device(np.array(row_ids, dtype=np.int64), device)
     return DecodeBatch(
-        max_context_len=max(seq.num_cached_tokens for seq in seqs) + 1,
-        rows=tensor[: len(seqs)],
-        block_updates=tensor[len(seqs) :].view(3, -1),
+        row_ids=row_ids,
+        max_context_len=max([seq.num_cached_tokens for seq in seqs]) + 1,
+        rows=rows,
+        block_updates=to_device(np.array(updates, dtype=np.int64).T.copy(), device) if updates else None,
     )
 
 

@@ -71,20 +71,17 @@ class BlockManager:
         seq.num_hashed_blocks = len(hits)
         seq.parent_uid = hits[-1].uid if hits else 0
         seq.num_cached_tokens = seq.num_prefix_cached_tokens = len(hits) * self.block_size
-        for _ in range(seq.num_blocks - len(hits)):
-            seq.block_table.append(self._fresh_block())
+        self.may_append(seq)
 
-    def can_append(self, seq: Sequence) -> bool:
-        """Whether there is room for the slot of the token that `seq` computes next."""
-        return self.num_missing_blocks(seq) <= len(self._free)
+    def can_append(self, num_blocks: int) -> bool:
+        """Whether that many sequences can get a block each."""
+        return num_blocks <= len(self._free)
 
     def may_append(self, seq: Sequence) -> None:
         """Extend the table of `seq` to hold all its tokens."""
-        for _ in range(self.num_missing_blocks(seq)):
+        for _ in range(seq.num_blocks - len(seq.block_table)):
             seq.block_table.append(self._fresh_block())
-
-    def num_missing_blocks(self, seq: Sequence) -> int:
-        return max(0, seq.num_blocks - len(seq.block_table))
+        seq.num_slots = len(seq.block_table) * self.block_size
 
     def register(self, seq: Sequence, num_tokens: int) -> None:
         """Make the full blocks among the first `num_tokens` tokens of `seq` findable by later prompts.
@@ -114,7 +111,7 @@ class BlockManager:
                 self._free[block_id] = None
                 if block.uid == 0:  # nothing worth keeping
                     self._free.move_to_end(block_id, last=False)
-        seq.block_table = []
+        seq.block_table, seq.num_slots = [], 0
         seq.num_hashed_blocks = seq.parent_uid = 0
 
     def _block_hash(self, seq: Sequence, i: int) -> int:

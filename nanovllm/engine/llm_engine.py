@@ -8,6 +8,7 @@ from collections import deque
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
@@ -86,7 +87,7 @@ class LLMEngine:
         seqs, is_prefill = self.scheduler.schedule()
         if seqs:
             token_ids = self.model_runner.call("run", seqs, is_prefill)
-            num_tokens = sum(seq.num_scheduled_tokens for seq in seqs)
+            num_tokens = sum(seq.num_scheduled_tokens for seq in seqs) if is_prefill else len(seqs)
             self._in_flight.append((self.scheduler.advance(seqs), token_ids))
         else:
             num_tokens = 0
@@ -120,19 +121,20 @@ class LLMEngine:
         """
         seqs = self._make_sequences(prompts, sampling_params)
         texts: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
-        done: set[int] = set()
-        own = {seq.seq_id for seq in seqs}
+        outputs: dict[int, RequestOutput] = {}
+        own = {seq.seq_id: text if isinstance(text, str) else None for seq, text in zip(seqs, texts, strict=True)}
         progress = tqdm(total=len(seqs), desc="Generating", unit="req", dynamic_ncols=True, disable=not use_tqdm)
         start, num_computed = perf_counter(), 0
         try:
             for seq in seqs:
                 self._enqueue(seq)
-            while len(done) < len(own):
+            while len(outputs) < len(own):
                 finished, num_tokens = self._step()
                 num_computed += num_tokens
                 for seq in finished:
                     if seq.seq_id in own:
-                        done.add(seq.seq_id)
+                        # Now, while the device computes the next step, and not all at the end.
+                        outputs[seq.seq_id] = self._output(seq, own[seq.seq_id])
                         progress.update()
                     else:
                         self._unclaimed.append((seq.seq_id, seq.completion_token_ids))
@@ -145,9 +147,7 @@ class LLMEngine:
             raise
         finally:
             progress.close()
-        return [
-            self._output(seq, text if isinstance(text, str) else None) for seq, text in zip(seqs, texts, strict=True)
-        ]
+        return [outputs[seq_id] for seq_id in own]
 
     def _output(self, seq: Sequence, prompt: str | None) -> RequestOutput:
         token_ids = seq.completion_token_ids
@@ -226,15 +226,18 @@ class LLMEngine:
             raise TypeError(f"{name} must be a string or a list of token ids, got {type(prompt).__name__}")
         if not token_ids:
             raise ValueError(f"{name} is empty: a prompt needs at least one token")
+        wrong = {kind for kind in set(map(type, token_ids)) if kind is bool or not issubclass(kind, (int, np.integer))}
+        if wrong:
+            value = next(x for x in token_ids if type(x) in wrong)
+            raise TypeError(f"{name} must be a string or a list of integer token ids, and contains {value!r}")
+        ids = np.array(token_ids)
         vocab_size = self.config.hf_config.vocab_size
-        for i, token_id in enumerate(token_ids):
-            if isinstance(token_id, bool) or not hasattr(token_id, "__index__"):
-                raise TypeError(f"{name}[{i}] must be an integer token id, got {token_id!r}")
-            if not 0 <= token_id < vocab_size:
-                raise ValueError(
-                    f"{name}[{i}] = {token_id} is no token id of this model: they go from 0 to {vocab_size - 1}"
-                )
-        return [int(token_id) for token_id in token_ids]
+        if ids.min() < 0 or ids.max() >= vocab_size:
+            wrong_id = next(x for x in token_ids if not 0 <= x < vocab_size)
+            raise ValueError(
+                f"{name} contains {wrong_id}, no token id of this model: they go from 0 to {vocab_size - 1}"
+            )
+        return ids.tolist()
 
     def _enqueue(self, seq: Sequence) -> None:
         self._requests[seq.seq_id] = seq

@@ -59,6 +59,7 @@ class ModelRunner:
         self.model = build_model(model_class, config, tp)
         load_model(self.model, config.model)
         self.sampler = Sampler()
+        self.last_decode: DecodeBatch | None = None
         self.backend = load_backend(str(config.attention_backend), self.block_size)
         self.graphs: DecodeGraphs | None = None
         if self.device.type == "cuda" and not config.enforce_eager and self.backend.supports_cuda_graph:
@@ -78,7 +79,7 @@ class ModelRunner:
         """Launch one step; every row gets a token (in the middle of a prompt it means nothing)."""
         if is_prefill:
             return PendingTokens(self.run_prefill(self.prepare_prefill(seqs)))
-        batch = self.prepare_decode(seqs)
+        batch = self.last_decode = self.prepare_decode(seqs)
         self.state.write_blocks(batch.block_updates)
         if self.graphs is not None:
             return PendingTokens(self.graphs.replay(batch.rows))
@@ -88,7 +89,7 @@ class ModelRunner:
         return prepare_prefill(seqs, self.device)
 
     def prepare_decode(self, seqs: list[Sequence]) -> DecodeBatch:
-        return prepare_decode(seqs, self.device)
+        return prepare_decode(seqs, self.device, self.last_decode)
 
     def run_prefill(self, batch: PrefillBatch) -> torch.Tensor:
         """Launch a step with prompts in it -> token ids [B] int64 on the device."""
@@ -268,7 +269,7 @@ def dummy_prefill(lens: list[int], row: int, device: torch.device) -> PrefillBat
         rows=torch.full((num_seqs,), row, device=device),
         context_lens=context_lens,
         cu_seqlens_q=torch.nn.functional.pad(context_lens.cumsum(0), (1, 0)),
-        block_updates=torch.empty(3, 0, dtype=torch.int64, device=device),
+        block_updates=None,
         seeds=torch.zeros(num_seqs, dtype=torch.int64, device=device),
         temperatures=torch.ones(num_seqs, device=device),
     )

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 
+FINISHED = SequenceStatus.FINISHED
+
 
 class Scheduler:
     def __init__(
@@ -34,7 +36,7 @@ class Scheduler:
         self._free_rows = list(range(self.max_num_seqs))[::-1]
         self._admission_blocked = False  # the head of the queue did not fit, and nothing has been freed since
         for seq in sorted(survivors, key=lambda seq: seq.seq_id):
-            seq.block_table, seq.num_hashed_blocks, seq.parent_uid = [], 0, 0
+            seq.block_table, seq.num_slots, seq.num_hashed_blocks, seq.parent_uid = [], 0, 0, 0
             seq.rewind()
             self.waiting.append(seq)
 
@@ -42,6 +44,7 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def add(self, seq: Sequence) -> None:
+        seq.eos = frozenset() if seq.sampling_params.ignore_eos else self.eos
         self.waiting.append(seq)
 
     def schedule(self) -> tuple[list[Sequence], bool]:
@@ -50,22 +53,19 @@ class Scheduler:
         Returns the sequences, decoding ones first, and whether any row computes more than its newest sampled token.
         Nothing is chosen when nothing can run before the step in flight has been read.
         """
-        if not self._make_room_to_grow():
+        if not self._grow():
             return [], False
         budget = self.max_num_batched_tokens
-        decoding = [seq for seq in self.running if seq.is_decoding and seq.num_uncomputed_tokens][:budget]
-        for seq in decoding:
-            seq.num_scheduled_tokens = 1
-            self.block_manager.may_append(seq)
-            # The newest token may be unread; its block is registered once it is.
-            self.block_manager.register(seq, min(len(seq.token_ids), seq.num_cached_tokens))
+        # A sequence that the step in flight will end by length is not scheduled again.
+        decoding = [seq for seq in self.running if seq.is_decoding and seq.num_tokens < seq.max_num_tokens][:budget]
         budget -= len(decoding)
         prefilling: list[Sequence] = []
-        for seq in self.running:
-            if not seq.is_decoding and budget:
-                budget -= self._schedule_chunk(seq, budget)
-                prefilling.append(seq)
-        if self.waiting and budget and not self._admission_blocked:
+        if len(decoding) < len(self.running) and budget:
+            for seq in self.running:
+                if not seq.is_decoding and budget:
+                    budget -= self._schedule_chunk(seq, budget)
+                    prefilling.append(seq)
+        if self.waiting and budget and self._free_rows and not self._admission_blocked:
             forecast = Forecast(self.running, self.block_manager.block_size, self.completion_ratio)
             while self.waiting and budget and self._free_rows and self._admit(self.waiting[0], forecast):
                 seq = self.waiting.popleft()
@@ -79,26 +79,29 @@ class Scheduler:
         sampling: list[Sequence | None] = []
         for seq in seqs:
             seq.num_cached_tokens += seq.num_scheduled_tokens
-            seq.is_decoding = seq.num_cached_tokens == seq.num_tokens
-            seq.num_tokens += seq.is_decoding
-            sampling.append(seq if seq.is_decoding else None)
+            if seq.num_cached_tokens == seq.num_tokens:
+                seq.num_tokens += 1
+                seq.is_decoding = True
+                seq.num_scheduled_tokens = 1  # of every step from now on
+                sampling.append(seq)
+            else:
+                sampling.append(None)
         return sampling
 
     def postprocess(self, seqs: list[Sequence | None], token_ids: list[int]) -> list[Sequence]:
         """Take in the tokens of a step that `advance` counted; returns the sequences that they finished."""
         finished = []
         for seq, token_id in zip(seqs, token_ids, strict=True):
-            if seq is None or seq.is_finished:  # a chunk, or a row launched before its sequence was known to end
+            if seq is None or seq.status is FINISHED:  # a chunk, or a row launched before its sequence's end was known
                 continue
-            seq.append_token(token_id)
-            if not seq.sampling_params.ignore_eos and token_id in self.eos:
+            seq.token_ids.append(token_id)
+            if token_id in seq.eos:
                 self._observe_completion(seq)
                 self.finish(seq, "stop")
+                finished.append(seq)
             elif len(seq.token_ids) >= seq.max_num_tokens:
                 self.finish(seq, "length")
-            else:
-                continue
-            finished.append(seq)
+                finished.append(seq)
         return finished
 
     def finish(self, seq: Sequence, reason: str) -> None:
@@ -122,18 +125,25 @@ class Scheduler:
         self.num_preemptions += 1
         self.waiting.appendleft(seq)
 
-    def _make_room_to_grow(self) -> bool:
-        """Preempt the latest comers until every decoding sequence has a slot for its next token.
+    def _grow(self) -> bool:
+        """Give a block to every sequence whose next token has no slot, preempting the latest comers if need be.
 
         False if that has to wait: a sequence whose newest token is unread cannot be recomputed.
         """
-        missing = sum(self.block_manager.num_missing_blocks(seq) for seq in self.running if seq.num_uncomputed_tokens)
-        if missing > self.block_manager.num_free_blocks and any(seq.has_unread_tokens for seq in self.running):
+        growing = [
+            seq for seq in self.running if seq.num_tokens > seq.num_slots and seq.num_tokens < seq.max_num_tokens
+        ]
+        if not self.block_manager.can_append(len(growing)) and any(seq.has_unread_tokens for seq in self.running):
             return False
-        while missing > self.block_manager.num_free_blocks:
+        while not self.block_manager.can_append(len(growing)):
             victim = self.running[-1]
-            missing -= self.block_manager.num_missing_blocks(victim)
+            if victim in growing:
+                growing.remove(victim)
             self.preempt(victim)
+        for seq in growing:
+            self.block_manager.may_append(seq)
+            # The blocks before are full and their ids read: only the newest token's can be missing.
+            self.block_manager.register(seq, seq.num_cached_tokens)
         return True
 
     def _schedule_chunk(self, seq: Sequence, budget: int) -> int:

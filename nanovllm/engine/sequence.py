@@ -36,6 +36,8 @@ class Sequence:
         self.num_cached_tokens = 0
         self.num_scheduled_tokens = 0
         self.block_table: list[int] = []
+        self.num_slots = 0  # tokens that the blocks of block_table can hold
+        self.eos: frozenset[int] = frozenset()  # ids that end the completion
         self.block_hashes: list[int] = []  # of the full blocks hashed so far; they survive preemption
         self.num_hashed_blocks = 0  # leading entries of block_table that the block manager has registered
         self.parent_uid = 0  # identity of the last registered block, 0 for none

@@ -137,7 +137,7 @@ def _prefill_kernel(
             positions = context_len - q_len + queries
             first_position = context_len - q_len + first_row // GROUP
             last_position = tl.minimum(context_len - q_len + (first_row + BLOCK_M - 1) // GROUP, context_len - 1)
-            table_ptr = block_tables_ptr + seq.to(tl.int64) * table_stride
+            table_ptr = block_tables_ptr + tl.cast(seq, tl.int64) * table_stride
             k_ptr = k_cache_ptr + kv_head * D
             v_ptr = v_cache_ptr + kv_head * D
             # Whole tiles of keys that every row sees need no mask; the rest do.
