@@ -22,6 +22,7 @@ from nanovllm.kernels.triton_utils import (
 )
 
 MAX_SPLIT_K_ROWS = 256
+MAX_SPLIT_K_BYTES = 8 * 2**20  # a larger weight takes longer to read than to launch, and cuBLAS reads it as fast
 BLOCK_N, BLOCK_K = 64, 128  # of the split-K product; the best of a sweep over the 0.6B shapes, docs/benchmarks.md
 
 
@@ -160,6 +161,8 @@ def choose_num_splits(x: torch.Tensor, weight: torch.Tensor) -> int:
     """Splits that give every multiprocessor a tile, or 1 where the product is better left to cuBLAS."""
     num_tokens, depth = x.shape
     num_outputs = weight.shape[0]
+    if weight.nbytes > MAX_SPLIT_K_BYTES:
+        return 1
     if num_tokens > MAX_SPLIT_K_ROWS or num_outputs % BLOCK_N or depth % BLOCK_K:
         return 1
     num_tiles = num_outputs // BLOCK_N * -(-num_tokens // block_m(num_tokens))

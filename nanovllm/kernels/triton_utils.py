@@ -22,7 +22,9 @@ if not HAS_TRITON:
 
 # Programmatic dependent launch (Hopper and later): a kernel may start while its predecessor drains, and waits for the
 # predecessor's writes in `pdl_wait`. Every kernel calls that before it touches memory which another kernel writes.
-PDL = False
+@functools.cache
+def has_pdl() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
 def jit(function=None, *, do_not_specialize: tuple[str, ...] = ()):
@@ -42,7 +44,7 @@ def use_triton(x: torch.Tensor) -> bool:
 
 def launch_options() -> dict[str, Any]:
     """The keyword arguments of a launch that say whether it is a programmatic dependent one."""
-    return {"PDL": True, "launch_pdl": True} if PDL else {"PDL": False}
+    return {"PDL": True, "launch_pdl": True} if has_pdl() else {"PDL": False}
 
 
 @functools.cache

