@@ -23,6 +23,7 @@ class DecodeGraphs:
     def clear(self) -> None:
         """Forget all graphs: they have the cache's address baked in."""
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
+        self.loaded: dict[int, torch.Tensor] = {}  # the rows that a bucket's graph holds
         self.pool: Any = None  # shared by all graphs: only one replays at a time
 
     def replay(self, rows: torch.Tensor) -> torch.Tensor:
@@ -32,8 +33,10 @@ class DecodeGraphs:
         if bucket not in self.graphs:
             self.capture(bucket)
         graph, static_rows, token_ids = self.graphs[bucket]
-        static_rows[:batch_size].copy_(rows)
-        static_rows[batch_size:].fill_(self.runner.state.padding_row)
+        if self.loaded.get(bucket) is not rows:
+            static_rows[:batch_size].copy_(rows)
+            static_rows[batch_size:].fill_(self.runner.state.padding_row)
+            self.loaded[bucket] = rows
         graph.replay()
         return token_ids[:batch_size]
 

@@ -15,6 +15,7 @@ from nanovllm.config import Config, head_dim
 from nanovllm.engine.batch import DecodeBatch, PrefillBatch, RequestState, prepare_decode, prepare_prefill
 from nanovllm.engine.cuda_graph import DecodeGraphs
 from nanovllm.engine.sequence import Sequence
+from nanovllm.kernels.request_state import advance_rows, gather_rows
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.sampler import Sampler
 from nanovllm.models import get_model_class
@@ -119,22 +120,20 @@ class ModelRunner:
     def run_decode(self, rows: torch.Tensor, max_context_len: int) -> torch.Tensor:
         """The decode step of permanent `rows` [B] int64 -> token ids [B] int64; all on the device, to be captured."""
         state = self.state
-        positions = state.num_cached_tokens[rows]  # [B]: of the newest token, which is not cached yet
-        block_tables = state.block_tables[rows]
-        blocks = block_tables.gather(1, (positions // self.block_size)[:, None]).squeeze(1)
+        input_ids, positions, slot_mapping, context_lens, block_tables = gather_rows(
+            rows, state.last_token, state.num_cached_tokens, state.block_tables, self.block_size
+        )
         context = Context(
             is_prefill=False,
             num_decodes=rows.shape[0],
-            slot_mapping=blocks * self.block_size + positions % self.block_size,
+            slot_mapping=slot_mapping,
             block_tables=block_tables,
-            context_lens=(positions + 1).int(),
+            context_lens=context_lens,
             max_context_len=max_context_len,
         )
-        logits = self.run_model(state.last_token[rows].clamp(min=0), positions, context)
+        logits = self.run_model(input_ids, positions, context)
         token_ids = self.sampler(logits, state.temperatures[rows], state.seeds[rows], positions + 1)
-        state.last_token[rows] = token_ids
-        state.num_cached_tokens[rows] = positions + 1
-        state.num_cached_tokens[-1:].zero_()  # the padding row stays where it is
+        advance_rows(rows, positions, token_ids, state.last_token, state.num_cached_tokens)
         return token_ids
 
     def run_model(self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context) -> torch.Tensor:

@@ -3,7 +3,7 @@
 The contexts of a step are cut, on the device, into items of about equal length: as many as fill the chip however the
 lengths are spread, none much longer than the rest. A program attends one item for the query heads of one kv head. The
 last of a sequence's programs to finish merges what the others left, so that no second kernel has to wait for all.
-The grid depends on the batch size alone, not on the longest context: a CUDA graph holds for any lengths.
+The grid grows with the batch, not with the longest context a CUDA graph must allow for.
 """
 
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ def paged_attention_decode(
         context_lens: [B] int32; a row of none is zeros.
         max_context_len: no context is longer.
         out: [B, num_heads, head_dim], contiguous; None for a new one.
-        plan: of `plan_decode`, to share among layers; None for one of its own.
+        plan: of `plan_decode` for these context_lens, to share among layers; None for one of its own.
 
     Returns:
         [B, num_heads, head_dim]
@@ -88,7 +88,7 @@ def paged_attention_decode_torch(
 def plan_decode(
     context_lens: torch.Tensor, num_heads: int, num_kv_heads: int, head_dim: int, max_context_len: int
 ) -> DecodePlan:
-    """Cut contexts of lengths context_lens [B] int32, none beyond max_context_len."""
+    """Cut contexts of lengths context_lens [B] int32, none beyond max_context_len; on CUDA only."""
     device, batch_size = context_lens.device, len(context_lens)
     # A large batch fills the chip without cutting; there, cutting what is longer than the mean keeps one long context
     # from outlasting the rest.

@@ -1,0 +1,98 @@
+"""The decode step's first and last kernel: permanent rows to a batch's inputs, and its tokens back into the rows.
+
+Called by engine/model_runner.py inside the captured step. Sixteen indexing operations in two launches.
+"""
+
+import torch
+
+from nanovllm.kernels.triton_utils import jit, launch_options, next_power_of_2, pdl_wait, tl, use_triton
+
+
+def gather_rows(
+    rows: torch.Tensor,
+    last_token: torch.Tensor,
+    num_cached_tokens: torch.Tensor,
+    block_tables: torch.Tensor,
+    block_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the requests in `rows` [B] int64 compute next: their newest token, which is not cached yet.
+
+    Args:
+        last_token, num_cached_tokens: [R] int64; block_tables: [R, max_blocks] int32.
+
+    Returns:
+        input_ids [B] int64 (an invalid token -1 reads as 0), positions [B] int64, slot_mapping [B] int64,
+        context_lens [B] int32, this token included, and the rows' block tables [B, max_blocks] int32.
+    """
+    if not use_triton(rows):
+        positions = num_cached_tokens[rows]
+        tables = block_tables[rows]
+        blocks = tables.gather(1, (positions // block_size)[:, None]).squeeze(1)
+        slots = blocks * block_size + positions % block_size
+        return last_token[rows].clamp(min=0), positions, slots, (positions + 1).int(), tables
+    input_ids, positions, slots = (torch.empty_like(rows) for _ in range(3))
+    context_lens = torch.empty_like(rows, dtype=torch.int32)
+    tables = block_tables.new_empty(rows.shape[0], block_tables.shape[1])
+    _gather_kernel[(rows.shape[0],)](
+        rows, last_token, num_cached_tokens, block_tables, input_ids, positions, slots, context_lens, tables,
+        block_size, block_tables.shape[1], BLOCK=min(next_power_of_2(block_tables.shape[1]), 1024), num_warps=1,
+        **launch_options(),
+    )  # fmt: skip
+    return input_ids, positions, slots, context_lens, tables
+
+
+def advance_rows(
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    token_ids: torch.Tensor,
+    last_token: torch.Tensor,
+    num_cached_tokens: torch.Tensor,
+) -> None:
+    """Note that the tokens at `positions` [B] are cached and that `token_ids` [B] follow; the last row stays at 0."""
+    if not use_triton(rows):
+        last_token[rows] = token_ids
+        num_cached_tokens[rows] = positions + 1
+        num_cached_tokens[-1:].zero_()
+        return
+    _advance_kernel[(1,)](
+        rows, positions, token_ids, last_token, num_cached_tokens, rows.shape[0], len(last_token) - 1,
+        BLOCK=next_power_of_2(rows.shape[0]), num_warps=4, **launch_options(),
+    )  # fmt: skip
+
+
+@jit(do_not_specialize=("num_blocks",))
+def _gather_kernel(
+    rows_ptr, last_token_ptr, num_cached_ptr, block_tables_ptr, input_ids_ptr, positions_ptr, slots_ptr, lens_ptr,
+    tables_ptr, block_size, num_blocks, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program a row of the batch."""
+    i = tl.program_id(0).to(tl.int64)
+    pdl_wait(PDL)
+    row = tl.load(rows_ptr + i)
+    position = tl.load(num_cached_ptr + row)
+    table = block_tables_ptr + row * num_blocks
+    block = tl.load(table + position // block_size).to(tl.int64)
+    tl.store(input_ids_ptr + i, tl.maximum(tl.load(last_token_ptr + row), 0))
+    tl.store(positions_ptr + i, position)
+    tl.store(slots_ptr + i, block * block_size + position % block_size)
+    tl.store(lens_ptr + i, (position + 1).to(tl.int32))
+    for first in range(0, num_blocks, BLOCK):
+        cols = first + tl.arange(0, BLOCK)
+        blocks = tl.load(table + cols, mask=cols < num_blocks, other=0)
+        tl.store(tables_ptr + i * num_blocks + cols, blocks, mask=cols < num_blocks)
+
+
+@jit(do_not_specialize=("batch_size", "padding_row"))
+def _advance_kernel(
+    rows_ptr, positions_ptr, token_ids_ptr, last_token_ptr, num_cached_ptr, batch_size, padding_row,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program for all rows of the batch."""
+    i = tl.arange(0, BLOCK)
+    live = i < batch_size
+    pdl_wait(PDL)
+    rows = tl.load(rows_ptr + i, mask=live, other=0)
+    positions = tl.load(positions_ptr + i, mask=live, other=0)
+    token_ids = tl.load(token_ids_ptr + i, mask=live, other=0)
+    tl.store(last_token_ptr + rows, token_ids, mask=live)
+    tl.store(num_cached_ptr + rows, tl.where(rows == padding_row, 0, positions + 1), mask=live)
