@@ -8,6 +8,7 @@ import logging
 import os
 from typing import Any
 
+import numpy as np
 import torch
 
 from nanovllm.attention import load_backend
@@ -149,10 +150,13 @@ class ModelRunner:
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """The cache, one block more than `num_blocks` for padding rows, bound to the attention layers."""
-        self.kv_cache = torch.zeros(
-            2, self._num_layers, num_blocks + 1, self.block_size, self._num_kv_heads, self._head_dim,
-            dtype=self.config.dtype, device=self.device,
-        )  # fmt: skip
+        shape = (2, self._num_layers, num_blocks + 1, self.block_size, self._num_kv_heads, self._head_dim)
+        if self.device.type == "cpu":
+            # numpy's zeros, unlike torch's, take no memory before they are written: a cache never filled costs nothing.
+            num_bytes = (num_blocks + 1) * self.block_bytes
+            self.kv_cache = torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(self.config.dtype).view(shape)
+        else:
+            self.kv_cache = torch.zeros(shape, dtype=self.config.dtype, device=self.device)
         layers = [module for module in self.model.modules() if isinstance(module, Attention)]
         for layer, k_cache, v_cache in zip(layers, *self.kv_cache, strict=True):
             layer.k_cache, layer.v_cache, layer.backend = k_cache, v_cache, self.backend
