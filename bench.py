@@ -63,6 +63,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.engines = list(dict.fromkeys([args.engine, *args.compare]))
     if (args.host_profile or args.profile or args.plot) and args.engines != ["nanovllm"]:
         parser.error("--host-profile, --profile and --plot work with nanovllm only")
+    if args.plot and args.output_len == (1, 1):
+        parser.error("--plot is about decoding: --output-len must be above 1")
     if args.repeats < 1:
         parser.error("--repeats must be at least 1")
     return args
@@ -152,7 +154,7 @@ def profile(engine: Engine, case: Case, args: argparse.Namespace, report: dict[s
     assert isinstance(engine, NanoVLLM)
     if args.profile:
         engine.generate(case.refilled(args.seed + 1), args.temperature)  # a warm-up
-        print(device_profile(engine.llm, case, args.profile))
+        print(device_profile(engine.llm, case, args.temperature, args.profile))
     else:
         report["num_seqs"] = len(case.prompts)
         report["host_us_per_step"] = host_profile(engine.llm, case)

@@ -45,7 +45,7 @@ def host_profile(llm: LLM, case: Case, num_steps: int = 100) -> dict[str, float]
         ("postprocess", llm.scheduler, "postprocess"),
     ]:
         setattr(owner, method, timed(part, getattr(owner, method)))
-    add_requests(llm, case, [num_steps + 200] * len(case.prompts))
+    add_requests(llm, case, [num_steps + 200] * len(case.prompts), temperature=0.6)
     while llm.scheduler.waiting or not all(seq.is_decoding for seq in llm.scheduler.running):
         llm.step()
     for _ in range(10):
@@ -60,26 +60,35 @@ def host_profile(llm: LLM, case: Case, num_steps: int = 100) -> dict[str, float]
     return {part: round(value / num_steps * 1e6, 1) for part, value in seconds.items()}
 
 
-def device_profile(llm: LLM, case: Case, trace_file: Path, num_steps: int = 30) -> str:
+def device_profile(llm: LLM, case: Case, temperature: float, trace_file: Path, num_steps: int = 30) -> str:
     """Profile `num_steps` steps from the middle of `case`, write them as a Chrome trace, and return a table."""
-    add_requests(llm, case, case.output_lens)
+    add_requests(llm, case, case.output_lens, temperature)
     for _ in range(max(0, max(case.output_lens) - num_steps) // 2):
         llm.step()
     device = llm.config.device
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    synchronize(device)
-    with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(num_steps):
+    tables: list[str] = []
+
+    def save(profile: torch.profiler.profile) -> None:
+        profile.export_chrome_trace(str(trace_file))
+        if device.type == "cuda":
+            tables.append(kernel_table(json.loads(trace_file.read_text()), num_steps))
+        else:
+            tables.append(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15))
+
+    num_warmups = 5  # the profiler's own start-up is slow
+    schedule = torch.profiler.schedule(wait=0, warmup=num_warmups, active=num_steps, repeat=1)
+    with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=save) as profile:
+        for i in range(num_warmups + num_steps):
             llm.step()
-        synchronize(device)
+            if i == num_warmups + num_steps - 1:
+                synchronize(device)
+            profile.step()
     while not llm.is_finished():
         llm.step()
-    profile.export_chrome_trace(str(trace_file))
-    if device.type == "cuda":
-        return kernel_table(json.loads(trace_file.read_text()), num_steps)
-    return profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15)
+    return tables[0]
 
 
 def kernel_table(trace: dict[str, Any], num_steps: int, num_rows: int = 20) -> str:
@@ -108,6 +117,6 @@ def kernel_table(trace: dict[str, Any], num_steps: int, num_rows: int = 20) -> s
     return "\n".join(lines)
 
 
-def add_requests(llm: LLM, case: Case, output_lens: list[int]) -> None:
+def add_requests(llm: LLM, case: Case, output_lens: list[int], temperature: float) -> None:
     for prompt, output_len in zip(case.prompts, output_lens):
-        llm.add_request(prompt, SamplingParams(temperature=0.6, max_tokens=output_len, ignore_eos=True))
+        llm.add_request(prompt, SamplingParams(temperature=temperature, max_tokens=output_len, ignore_eos=True))

@@ -1,7 +1,17 @@
 """nano-vllm: an offline LLM inference engine that reads in an afternoon."""
 
+import logging
+
 from nanovllm.llm import LLM
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
 __all__ = ["LLM", "RequestOutput", "SamplingParams"]
+
+# The engine says in one line what it chose. Programs that set up logging themselves decide where that goes.
+if not logging.getLogger().handlers and not logging.getLogger("nanovllm").handlers:
+    _handler = logging.StreamHandler()
+    _handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    logging.getLogger("nanovllm").addHandler(_handler)
+    logging.getLogger("nanovllm").setLevel(logging.INFO)
+    logging.getLogger("nanovllm").propagate = False

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+import transformers
+from transformers import CONFIG_MAPPING
 
 from nanovllm.attention import choose_backend
 from nanovllm.utils.validation import check_bool, check_float, check_int, strict_kwargs
@@ -110,8 +111,9 @@ def find_checkpoint(model: str | Path) -> Path:
             )
         from huggingface_hub import snapshot_download
 
-        files = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja", "vocab*", "merges.txt"]
-        path = Path(snapshot_download(str(model), allow_patterns=files))
+        files = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt"]
+        others = ["*/*", "consolidated*"]  # the same weights again, in other formats
+        path = Path(snapshot_download(str(model), allow_patterns=files, ignore_patterns=others))
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"model {str(model)!r} has no config.json: pass a directory in Hugging Face format")
     if not any(path.glob("*.safetensors")):
@@ -123,13 +125,19 @@ def find_checkpoint(model: str | Path) -> Path:
 
 
 def load_hf_config(path: Path) -> Any:
+    """config.json as transformers understands it; code that a checkpoint brings along (auto_map) is never looked at."""
     try:
         raw = json.loads((path / "config.json").read_text())
     except ValueError as error:
         raise ValueError(f"{path / 'config.json'} is not valid JSON: {error}") from None
-    if "auto_map" in raw and "model_type" not in raw:
-        raise ValueError(f"{path / 'config.json'} needs code of its own (auto_map), which is never executed")
-    return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    model_type = raw.get("model_type") if isinstance(raw, dict) else None
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{path / 'config.json'} has model_type={model_type!r}, which transformers {transformers.__version__} does "
+            "know; code in the checkpoint itself is never executed"
+        )
+    raw.pop("auto_map", None)
+    return CONFIG_MAPPING[model_type].from_dict(raw)
 
 
 def head_dim(hf_config: Any) -> int:

@@ -72,7 +72,11 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-llama3": ("Llama", {"rope_scaling": LLAMA3_ROPE, "tie_word_embeddings": True}),
     "llama-yarn": (
         "Llama",
-        {"rope_scaling": {**YARN_ROPE, "beta_fast": 8.0, "beta_slow": 2.0}, "tie_word_embeddings": False},
+        {
+            "head_dim": 32,
+            "rope_scaling": {**YARN_ROPE, "beta_fast": 8.0, "beta_slow": 2.0},
+            "tie_word_embeddings": False,
+        },
     ),
     "llama-yarn-mscale": (
         "Llama",

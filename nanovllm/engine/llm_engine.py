@@ -34,7 +34,7 @@ class LLMEngine:
     def __init__(self, model: str, **kwargs: Any):
         start = perf_counter()
         self.config = config = Config(model, **kwargs)
-        self.tokenizer = AutoTokenizer.from_pretrained(config.model)
+        self.tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
         self.model_runner = ModelRunner(config)
         self._finalizer = weakref.finalize(self, ModelRunner.exit, self.model_runner)
         num_blocks, block_size = self.model_runner.num_kvcache_blocks, config.kvcache_block_size

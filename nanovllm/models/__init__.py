@@ -10,12 +10,17 @@ MODELS = {
 }
 
 
+def find_architecture(architectures: list[str] | None) -> str:
+    """The supported one among a config's `architectures`; raises ValueError, naming what is supported, if none is."""
+    for name in architectures or []:
+        if name in MODELS:
+            return name
+    raise ValueError(f"architectures={architectures} is not supported; supported: {', '.join(MODELS)}")
+
+
 def get_model_class(hf_config: Any) -> type:
     """The class for a Hugging Face config; raises ValueError, naming what is supported, if there is none."""
-    architectures = getattr(hf_config, "architectures", None) or []
-    name = next((name for name in architectures if name in MODELS), None)
-    if name is None:
-        raise ValueError(f"architectures={architectures} is not supported; supported: {', '.join(MODELS)}")
+    name = find_architecture(getattr(hf_config, "architectures", None))
     if any(kind != "full_attention" for kind in getattr(hf_config, "layer_types", None) or []) or (
         getattr(hf_config, "use_sliding_window", False)
     ):

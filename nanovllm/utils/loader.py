@@ -62,7 +62,10 @@ def iterate_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, memory-mapped CPU tensor) of a checkpoint in one file or sharded behind an index."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted({path / file for file in json.loads(index.read_text())["weight_map"].values()})
+        try:
+            files = sorted({path / file for file in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is not a valid index ({error!r}): download it again") from None
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise FileNotFoundError(f"{index} names shards that are not there: {shorten(missing)}")
