@@ -11,7 +11,7 @@ def plot_batch_sizes(path: Path, title: str, results: list[dict[str, Any]]) -> N
     except ModuleNotFoundError:
         raise SystemExit('--plot needs matplotlib: pip install "nano-vllm[plot]"') from None
     matplotlib.use("agg")  # a file is wanted, not a window
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     floors = [result["floor_tok_per_s"] for result in results]
     batch_sizes = [result["num_seqs"] for result in results]
@@ -21,6 +21,8 @@ def plot_batch_sizes(path: Path, title: str, results: list[dict[str, Any]]) -> N
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(batch_sizes, [str(size) for size in batch_sizes])
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
     axes.minorticks_off()
     axes.set_xlabel("requests together")
     axes.set_ylabel("output tokens/s")

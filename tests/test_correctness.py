@@ -4,8 +4,10 @@ Every test that is about an event (a chunk, a preemption, a prefix hit, a wasted
 """
 
 import json
+import math
 import random
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -35,6 +37,7 @@ from helpers import (
 )
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine import model_runner
 from nanovllm.engine.cuda_graph import batch_buckets
 
 FREQUENT_EOS = list(range(0, VOCAB_SIZE, 29))  # one token in 29 ends a completion
@@ -227,6 +230,15 @@ def test_leftovers_in_the_cache_are_never_read(checkpoints):
     with torch.inference_mode():
         llm.model_runner.kv_cache.fill_(1e4)
     assert_matches(checkpoint, prompts, run(llm, prompts))
+
+
+def test_nan_left_in_the_cache_does_not_spread(checkpoints):
+    """A request that overflowed leaves NaN behind; weight zero times NaN is NaN, so masking alone does not do."""
+    checkpoint, prompts = checkpoints("llama"), many_prompts()[:16]
+    llm = checkpoint.llm(num_kvcache_blocks=100, max_num_batched_tokens=64)
+    with torch.inference_mode():
+        llm.model_runner.kv_cache[:, :, :100] = math.nan
+    assert_matches(checkpoint, prompts, run(llm, prompts, greedy(20)), 20)
 
 
 # ---- padded batches ----
@@ -538,11 +550,29 @@ def test_context_manager_and_repeated_exit(checkpoints):
 
 def test_start_up_is_quick_and_logged_in_one_line(checkpoints, caplog):
     checkpoint = checkpoints("qwen3")
+    start = perf_counter()
     with caplog.at_level("INFO", logger="nanovllm"):
         llm = LLM(str(checkpoint.path), device="cpu")
+    assert perf_counter() - start < 1
     (line,) = [r.getMessage() for r in caplog.records if "cache of" in r.getMessage()]
     for word in ("Qwen3ForCausalLM", "cpu", "float32", "sdpa", f"{llm.block_manager.num_blocks} blocks"):
         assert word in line
+
+
+def test_the_cache_on_cpu_is_a_share_of_free_ram(checkpoints, monkeypatch):
+    checkpoint = checkpoints("qwen3")
+
+    def num_blocks(free_bytes: int) -> int:
+        monkeypatch.setattr(model_runner, "free_ram_bytes", lambda: free_bytes)
+        return checkpoint.llm(num_kvcache_blocks=-1).model_runner.num_kvcache_blocks
+
+    block_bytes = checkpoint.llm().model_runner.block_bytes
+    assert block_bytes == 2 * 2 * 16 * 2 * 16 * 4  # keys and values, layers, tokens, kv heads, head_dim, float32
+    share = model_runner.CPU_CACHE_SHARE
+    assert num_blocks(int(100.5 * block_bytes / share)) == 100
+    assert num_blocks(2**40) == 64 * 16  # every sequence at its longest: more would never be used
+    with pytest.raises(ValueError, match="no memory for a KV cache"):
+        num_blocks(int(0.5 * block_bytes / share))
 
 
 # ---- everything at once ----

@@ -1,12 +1,14 @@
 """Checkpoints: what loads, and what every kind of broken one is told."""
 
 import contextlib
+import fnmatch
 import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from helpers import (
@@ -260,6 +262,42 @@ def test_model_is_not_a_path(model):
 def test_a_pathlib_path(qwen3):
     llm = LLM(qwen3.path, **SMALL)
     assert_matches(qwen3, [[1]], llm.generate([[1]], greedy(4), use_tqdm=False), 4)
+
+
+def test_a_hub_id_downloads_only_what_is_needed(qwen3, monkeypatch):
+    asked: list[tuple[str, list[str]]] = []
+
+    def snapshot_download(repo_id: str, allow_patterns: list[str], **kwargs: Any) -> str:
+        asked.append((repo_id, allow_patterns))
+        return str(qwen3.path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert LLM("Somebody/A-Model", **SMALL).config.model == str(qwen3.path)
+    ((repo_id, patterns),) = asked
+    assert repo_id == "Somebody/A-Model"
+
+    needed = (
+        "config.json generation_config.json tokenizer.json tokenizer_config.json tokenizer.model vocab.json merges.txt "
+        "special_tokens_map.json chat_template.jinja model.safetensors model-00001-of-00002.safetensors "
+        "model.safetensors.index.json"
+    )
+    rest = "pytorch_model.bin model.gguf tf_model.h5 model.pt training_args.bin modeling_evil.py README.md"
+    wanted = {
+        name for name in f"{needed} {rest}".split() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    }
+    assert wanted == set(needed.split())
+
+
+def test_a_path_never_asks_the_hub(qwen3, monkeypatch):
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a local path went to the hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.chdir(qwen3.path.parent)
+    for path in (qwen3.path, str(qwen3.path), qwen3.path.name, f"./{qwen3.path.name}"):
+        LLM(path, **SMALL)
 
 
 def test_weights_are_not_held_twice(qwen3, monkeypatch):
