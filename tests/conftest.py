@@ -18,7 +18,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Che
     def get(name: str) -> Checkpoint:
         if name not in made:
             family, overrides = SHAPES[name]
-            model = make_model(family, seed=len(made), **overrides)
+            model = make_model(family, seed=list(SHAPES).index(name), **overrides)
             made[name] = Checkpoint(save_checkpoint(tmp_path_factory.mktemp(name), model), model)
         return made[name]
 

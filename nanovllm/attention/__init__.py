@@ -34,10 +34,10 @@ class AttentionBackend(ABC):
         """Causal attention of each row's new tokens over its whole context -> [T, num_heads, head_dim]."""
 
 
-# name: (module, class, block sizes are multiples of)
+# name: (module, class, block sizes are multiples of); the fastest first, as measured on an H100 (docs/benchmarks.md)
 BACKENDS = {
-    "flash_attn": ("nanovllm.attention.flash_attn", "FlashAttnBackend", 256),
     "triton": ("nanovllm.attention.triton", "TritonBackend", 16),
+    "flash_attn": ("nanovllm.attention.flash_attn", "FlashAttnBackend", 256),
     "sdpa": ("nanovllm.attention.sdpa", "SdpaBackend", 1),
 }
 
