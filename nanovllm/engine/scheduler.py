@@ -44,7 +44,8 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def add(self, seq: Sequence) -> None:
-        seq.eos = frozenset() if seq.sampling_params.ignore_eos else self.eos
+        params = seq.sampling_params
+        seq.stop_ids = (frozenset() if params.ignore_eos else self.eos) | frozenset(params.stop_token_ids or ())
         self.waiting.append(seq)
 
     def schedule(self) -> tuple[list[Sequence], bool]:
@@ -94,10 +95,16 @@ class Scheduler:
         for seq, token_id in zip(seqs, token_ids, strict=True):
             if seq is None or seq.status is FINISHED:  # a chunk, or a row launched before its sequence's end was known
                 continue
+            if token_id < 0:  # the row's logits had no finite maximum
+                self.finish(seq, "error")
+                finished.append(seq)
+                continue
             seq.token_ids.append(token_id)
-            if token_id in seq.eos:
+            if token_id in seq.stop_ids:
                 self._observe_completion(seq)
                 self.finish(seq, "stop")
+                if token_id in (seq.sampling_params.stop_token_ids or ()):
+                    seq.stop_reason = token_id
                 finished.append(seq)
             elif len(seq.token_ids) >= seq.max_num_tokens:
                 self.finish(seq, "length")

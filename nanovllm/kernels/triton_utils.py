@@ -20,6 +20,7 @@ HAS_TRITON = triton is not None
 if not HAS_TRITON:
     tl = SimpleNamespace(constexpr=object)
 
+
 # Programmatic dependent launch (Hopper and later): a kernel may start while its predecessor drains, and waits for the
 # predecessor's writes in `pdl_wait`. Every kernel calls that before it touches memory which another kernel writes.
 @functools.cache
