@@ -164,7 +164,8 @@ class LLMEngine:
         if seq.detokenizer is not None:
             seq.detokenizer.finish(seq.completion_token_ids)
         request.emit(seq, token_ids)
-        if request.is_finished:
+        request.num_unfinished -= 1
+        if not request.num_unfinished:
             request.metrics.finished_time = time.time()
             del self._requests[request.request_id]
             request.call.num_unfinished -= 1
@@ -190,7 +191,7 @@ class LLMEngine:
             for request in requests:
                 request.call = call
                 call.num_unfinished += 1
-                request.watch(stream)
+                request.start(stream)
                 self._requests[request.request_id] = request
                 for seq in request.seqs:
                     self.scheduler.add(seq)

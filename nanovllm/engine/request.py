@@ -29,17 +29,15 @@ class Request:
         self.params = params
         self.tokenizer = tokenizer
         self.seqs: list[Sequence] = []
+        self.num_unfinished = 0  # of its sequences
         self.bad_words_ids: list[list[int]] = []
         self.call = Call()
         self.deltas: list[StreamDelta] | None = None  # collected if somebody streams
         self.metrics = RequestMetrics(arrival_time=time.time())
 
-    @property
-    def is_finished(self) -> bool:
-        return all(seq.is_finished for seq in self.seqs)
-
-    def watch(self, stream: bool) -> None:
-        """Follow the text of the completions, if stop strings or a stream need it."""
+    def start(self, stream: bool) -> None:
+        """Before it is queued: follow the text of the completions, if stop strings or a stream need it."""
+        self.num_unfinished = len(self.seqs)
         if stream:
             self.deltas = []
         if self.params.detokenize and (stream or self.params.stop_strings):
@@ -63,7 +61,7 @@ class Request:
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
             outputs=[self._completion(seq) for seq in self.seqs],
-            finished=self.is_finished,
+            finished=not self.num_unfinished,
             metrics=self.metrics,
             prompt_logprobs=self._prompt_logprobs(),
         )

@@ -35,7 +35,7 @@ class GrammarCompiler:
             choices = " | ".join(json.dumps(text) for text in params.choice)
             name, source = "choice", matcher.grammar_from_lark(f"start: {choices}")
         else:
-            name, source = "grammar", matcher.grammar_from_lark(params.grammar)
+            name, source = "grammar", matcher.grammar_from_lark(str(params.grammar))
         error = matcher.validate_grammar(source, self.tokenizer)
         if error:
             raise ValueError(f"structured_outputs.{name} cannot be compiled: {error.strip()}")
