@@ -25,7 +25,7 @@ if not HAS_TRITON:
 # predecessor's writes in `pdl_wait`. Every kernel calls that before it touches memory which another kernel writes.
 @functools.cache
 def has_pdl() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    return torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0)
 
 
 def jit(function=None, *, do_not_specialize: tuple[str, ...] = ()):

@@ -1,0 +1,113 @@
+"""Where the time of a step goes: the host's part of it, and the kernels on the device. For nanovllm only."""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from benchmarks.machine import synchronize
+from benchmarks.workload import Case
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.block_manager import BlockManager
+
+
+def host_profile(llm: LLM, case: Case, num_steps: int = 100) -> dict[str, float]:
+    """Microseconds of host work per decode step of the whole `case`, by part; the engine is useless afterwards.
+
+    The model is replaced by one that answers at once, so what is timed is schedule, prepare (with the copies to the
+    device, the launch excepted) and postprocess, at the context lengths of the case's prompts.
+    """
+    runner: Any = llm.model_runner
+    runner.graphs = None
+    runner.run_prefill = lambda batch: batch.rows  # row numbers do for token ids
+    runner.run_decode = lambda rows, max_context_len: rows
+    llm.block_manager = llm.scheduler.block_manager = BlockManager(2**16, llm.block_manager.block_size)
+    llm.scheduler.reset(())  # nobody reads or writes a cache now, so there can be blocks for all
+    seconds: dict[str, float] = defaultdict(float)
+
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any) -> Any:
+            start = perf_counter()
+            result = function(*args)
+            seconds[part] += perf_counter() - start
+            return result
+
+        return wrapper
+
+    for part, owner, method in [
+        ("schedule", llm.scheduler, "schedule"),
+        ("prepare", runner, "run"),
+        ("postprocess", llm.scheduler, "advance"),
+        ("postprocess", llm.scheduler, "postprocess"),
+    ]:
+        setattr(owner, method, timed(part, getattr(owner, method)))
+    add_requests(llm, case, [num_steps + 200] * len(case.prompts))
+    while llm.scheduler.waiting or not all(seq.is_decoding for seq in llm.scheduler.running):
+        llm.step()
+    for _ in range(10):
+        llm.step()
+    if len(llm.scheduler.running) < len(case.prompts):
+        raise SystemExit("--host-profile: raise --max-num-seqs, so that all requests decode together")
+    seconds.clear()
+    start = perf_counter()
+    for _ in range(num_steps):
+        llm.step()
+    seconds["step"] = perf_counter() - start
+    return {part: round(value / num_steps * 1e6, 1) for part, value in seconds.items()}
+
+
+def device_profile(llm: LLM, case: Case, trace_file: Path, num_steps: int = 30) -> str:
+    """Profile `num_steps` steps from the middle of `case`, write them as a Chrome trace, and return a table."""
+    add_requests(llm, case, case.output_lens)
+    for _ in range(max(0, max(case.output_lens) - num_steps) // 2):
+        llm.step()
+    device = llm.config.device
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    synchronize(device)
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(num_steps):
+            llm.step()
+        synchronize(device)
+    while not llm.is_finished():
+        llm.step()
+    profile.export_chrome_trace(str(trace_file))
+    if device.type == "cuda":
+        return kernel_table(json.loads(trace_file.read_text()), num_steps)
+    return profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15)
+
+
+def kernel_table(trace: dict[str, Any], num_steps: int, num_rows: int = 20) -> str:
+    """Share of the GPU's time by kernel, and how long the GPU idled, from a Chrome trace of torch.profiler."""
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
+    events = [event for event in trace["traceEvents"] if event.get("cat") in kinds]
+    if not events:
+        return "the trace has no GPU kernels"
+    spans = sorted((float(event["ts"]), float(event["ts"]) + float(event["dur"])) for event in events)
+    busy, end = 0.0, spans[0][0]
+    for first, last in spans:  # kernels overlap where streams do
+        busy += max(0.0, last - max(first, end))
+        end = max(end, last)
+    wall = end - spans[0][0]
+    times: dict[str, list[float]] = defaultdict(list)
+    for event in events:
+        times[event["name"]].append(float(event["dur"]))
+    total = sum(map(sum, times.values()))
+    lines = [f"{'share':>6}  {'µs/step':>9}  {'calls/step':>10}  {'µs/call':>8}  kernel"]
+    for name, durations in sorted(times.items(), key=lambda item: -sum(item[1]))[:num_rows]:
+        lines.append(
+            f"{sum(durations) / total:6.1%}  {sum(durations) / num_steps:9.1f}  {len(durations) / num_steps:10.1f}  "
+            f"{sum(durations) / len(durations):8.1f}  {name[:100]}"
+        )
+    lines.append(f"{num_steps} steps in {wall / 1e3:.2f} ms; the GPU idled {1 - busy / wall:.1%} of that time")
+    return "\n".join(lines)
+
+
+def add_requests(llm: LLM, case: Case, output_lens: list[int]) -> None:
+    for prompt, output_len in zip(case.prompts, output_lens):
+        llm.add_request(prompt, SamplingParams(temperature=0.6, max_tokens=output_len, ignore_eos=True))

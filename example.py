@@ -1,0 +1,34 @@
+"""Two chat prompts, answered. Without arguments by a small demo model on whatever device there is; see --help."""
+
+import argparse
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.utils.demo import demo_model_path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Answer two chat prompts.")
+    parser.add_argument("--model", help="checkpoint directory or Hugging Face hub id (default: a 135M demo model)")
+    parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=256, help="of an answer at most (default: %(default)s)")
+    args = parser.parse_args()
+
+    llm = LLM(args.model or demo_model_path())
+    sampling_params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
+    prompts = [
+        str(
+            llm.tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+            )
+        )
+        for question in ("introduce yourself", "list all prime numbers within 100")
+    ]
+    outputs = llm.generate(prompts, sampling_params)
+
+    for prompt, output in zip(prompts, outputs):
+        print(f"\nPrompt: {prompt!r}")
+        print(f"Completion: {output['text']!r}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Session-wide fixtures; see helpers.py for what they give."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import SHAPES, Checkpoint, make_model, save_checkpoint
+
+# Tiny matrices gain nothing from a second thread, and waiting ones spin in the way of other processes.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    """Checkpoint by its name in `helpers.SHAPES`, made on first use."""
+    made: dict[str, Checkpoint] = {}
+
+    def get(name: str) -> Checkpoint:
+        if name not in made:
+            family, overrides = SHAPES[name]
+            model = make_model(family, seed=len(made), **overrides)
+            made[name] = Checkpoint(save_checkpoint(tmp_path_factory.mktemp(name), model), model)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def qwen3(checkpoints: Callable[[str], Checkpoint]) -> Checkpoint:
+    return checkpoints("qwen3")

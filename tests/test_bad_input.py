@@ -1,0 +1,765 @@
+"""What users get wrong, what breaks half-way, and Ctrl-C: told plainly, and the engine is as it was before."""
+
+import contextlib
+import dataclasses
+import math
+import random
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    EOS,
+    VOCAB_SIZE,
+    Checkpoint,
+    assert_idle,
+    assert_matches,
+    check_blocks,
+    copy_checkpoint,
+    greedy,
+    make_tokenizer,
+    many_prompts,
+    replaced,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+
+import nanovllm
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine import model_runner
+
+ENGINE = str(Path(nanovllm.__file__).parent / "engine")
+
+
+@pytest.fixture(scope="module")
+def llm(qwen3: Checkpoint) -> LLM:
+    """An engine whose pool (160 tokens) is smaller than max_model_len (200)."""
+    return qwen3.llm(max_model_len=200, num_kvcache_blocks=10)
+
+
+@pytest.fixture
+def unharmed(llm: LLM, qwen3: Checkpoint) -> Iterator[None]:
+    """Whatever the test does, nothing was ever queued, and the next valid call works."""
+    assert_idle(llm)
+    added: list[Any] = []
+    with replaced(llm.scheduler, "add", lambda add: lambda seq: added.append(seq) or add(seq)):
+        yield
+    assert not added, "something was queued before the whole call was checked"
+    assert_idle(llm)
+    assert_works(llm, qwen3)
+
+
+def assert_works(llm: LLM, checkpoint: Checkpoint) -> None:
+    prompts = [[1, 2, 3], [4]]
+    assert_matches(checkpoint, prompts, llm.generate(prompts, greedy(6), use_tqdm=False), 6)
+    assert_idle(llm)
+
+
+# ---- prompts ----
+
+BAD_PROMPTS: list[tuple[Any, type[Exception], str]] = [
+    ("", ValueError, "empty"),
+    ([], ValueError, "empty"),
+    ((), ValueError, "empty"),
+    ([-1], ValueError, "-1"),
+    ([1, 2, VOCAB_SIZE], ValueError, str(VOCAB_SIZE)),
+    ([1, 2**40], ValueError, str(2**40)),
+    ([1, 2**80], ValueError, str(2**80)),
+    ([-(2**80)], ValueError, str(2**80)),
+    ([1.0], TypeError, r"1\.0"),
+    ([1, 2.5], TypeError, r"2\.5"),
+    ([math.nan], TypeError, "nan"),
+    (["a"], TypeError, "'a'"),
+    ([None], TypeError, "None"),
+    ([True], TypeError, "True"),
+    ([1, False], TypeError, "False"),
+    ([[1]], TypeError, r"\[1\]"),
+    ([b"a"], TypeError, "a"),
+    ([np.float32(1)], TypeError, "1"),
+    ([np.bool_(True)], TypeError, "True"),
+    ([torch.tensor(1.5)], TypeError, r"1\.5"),
+    (None, TypeError, "NoneType"),
+    (3, TypeError, "int"),
+    (1.5, TypeError, "float"),
+    (b"abc", TypeError, "bytes"),
+    ({"prompt": "x"}, TypeError, "dict"),
+    ({1, 2}, TypeError, "set"),
+    ([1] * 200, ValueError, "200.*max_model_len"),
+    ([1] * 5000, ValueError, "5000.*max_model_len"),
+    ("x" * 200, ValueError, "200.*max_model_len"),
+    ([1] * 170, ValueError, "170.*blocks"),
+]
+
+
+@pytest.mark.usefixtures("unharmed")
+@pytest.mark.parametrize(("prompt", "error", "match"), BAD_PROMPTS, ids=lambda value: str(value)[:20])
+def test_a_bad_prompt_among_good_ones(llm, prompt, error, match):
+    with pytest.raises(error, match=match) as caught:
+        llm.generate([[1, 2], "fine", prompt, [3]], greedy(4), use_tqdm=False)
+    assert "prompts[2]" in str(caught.value)
+
+
+@pytest.mark.usefixtures("unharmed")
+@pytest.mark.parametrize(("prompt", "error", "match"), BAD_PROMPTS, ids=lambda value: str(value)[:20])
+def test_a_bad_request(llm, prompt, error, match):
+    with pytest.raises(error, match=match) as caught:
+        llm.add_request(prompt, greedy(4))
+    assert "prompt" in str(caught.value)
+
+
+@pytest.mark.usefixtures("unharmed")
+@pytest.mark.parametrize("prompts", [None, 3, 2.5, b"abc", {"a": 1}, object(), iter(["a"])], ids=repr)
+def test_prompts_are_no_list(llm, prompts):
+    with pytest.raises(TypeError, match="prompts must be"):
+        llm.generate(prompts, use_tqdm=False)
+
+
+@pytest.mark.usefixtures("unharmed")
+@pytest.mark.parametrize("prompts", [[1, 2, 3], [5], (1, 2), [np.int64(3)]], ids=repr)
+def test_a_list_of_ids_is_not_a_list_of_prompts(llm, prompts):
+    """Upstream's mistake to make: one prompt as ids has to be wrapped."""
+    with pytest.raises(TypeError, match=r"wrap it|prompts\[0\] must be"):
+        llm.generate(prompts, use_tqdm=False)
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_text_that_is_no_text(llm):
+    with pytest.raises((TypeError, ValueError)):
+        llm.generate("a\ud800b", use_tqdm=False)
+
+
+def test_good_prompts_of_other_types(llm, qwen3):
+    """Tuples and numpy integers are as good."""
+    for prompt in ((1, 2, 3), [np.int64(1), np.int32(2), np.uint8(3)], list(np.array([1, 2, 3]))):
+        outputs = llm.generate([prompt], greedy(6), use_tqdm=False)
+        assert_matches(qwen3, [[1, 2, 3]], outputs, 6)
+        assert all(type(token) is int for token in outputs[0].prompt_token_ids + outputs[0].token_ids)
+    assert_matches(qwen3, [[1], [2]], llm.generate(([1], [2]), greedy(6), use_tqdm=False), 6)
+    prompts = [VOCAB_SIZE - 1, 0, EOS]
+    assert_matches(qwen3, [prompts], llm.generate([prompts], greedy(6), use_tqdm=False), 6)
+
+
+def test_no_prompts(llm):
+    assert llm.generate([], use_tqdm=False) == []
+    assert llm.generate([], greedy(4), use_tqdm=False) == []
+    assert llm.generate([], [], use_tqdm=False) == []
+    assert llm.generate((), use_tqdm=True) == []
+    assert_idle(llm)
+
+
+def test_a_bare_string_is_one_prompt(llm, qwen3):
+    (output,) = llm.generate("abc", greedy(6), use_tqdm=False)
+    assert output.prompt == "abc"
+    assert_matches(qwen3, [make_tokenizer().encode("abc")], [output], 6)
+
+
+def test_an_empty_text_stays_empty_where_the_tokenizer_begins_texts_itself(qwen3, tmp_path):
+    """Llama's puts a token in front, so that "" has one token; it is an empty prompt all the same."""
+    path = copy_checkpoint(qwen3.path, tmp_path / "bos")
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|end|> $A", special_tokens=[("<|end|>", EOS)]
+    )
+    for file in path.glob("tokenizer*"):
+        file.unlink()
+    tokenizer.save_pretrained(path)
+    llm = LLM(str(path), device="cpu", num_kvcache_blocks=10)
+    assert llm.tokenizer.encode("a")[0] == EOS
+    assert llm.generate(["a"], greedy(2), use_tqdm=False)[0].prompt_token_ids[0] == EOS
+    with pytest.raises(ValueError, match="empty"):
+        llm.generate([""], greedy(2), use_tqdm=False)
+
+
+# ---- requests that cannot fit ----
+
+
+def test_what_fits_and_what_does_not(llm, qwen3):
+    """160 slots hold a request of 161 tokens, since the last one is never computed."""
+    prompt = [1] * 100
+    for max_tokens, fits in ((60, True), (61, True), (62, False), (99, False), (1000, False), (10**30, False)):
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        if fits:
+            assert len(llm.generate([prompt], params, use_tqdm=False)[0].token_ids) == max_tokens
+            continue
+        with pytest.raises(ValueError, match=rf"100 tokens and max_tokens={max_tokens}.*blocks.*num_kvcache_blocks"):
+            llm.generate([prompt], params, use_tqdm=False)
+    assert_idle(llm)
+    # Without an explicit number it means what the pool allows.
+    (output,) = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=None, ignore_eos=True), use_tqdm=False)
+    assert len(output.token_ids) == 61
+    assert output.finish_reason == "length"
+
+
+def test_max_tokens_beyond_max_model_len_is_cut_not_refused(qwen3):
+    llm = qwen3.llm(max_model_len=50)
+    (output,) = llm.generate([[1] * 49], greedy(10**9), use_tqdm=False)
+    assert len(output.token_ids) == 1
+    with pytest.raises(ValueError, match="max_model_len=50"):
+        llm.generate([[1] * 50], greedy(1), use_tqdm=False)
+    assert_works(llm, qwen3)
+
+
+# ---- sampling params ----
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        *[("temperature", value, ValueError) for value in (math.nan, math.inf, -math.inf, -0.1, -1, 10**400)],
+        *[("temperature", value, TypeError) for value in ("0.5", None, True, [1.0], 1j)],
+        ("temperature", np.float32("nan"), ValueError),
+        *[("max_tokens", value, ValueError) for value in (0, -1, -(10**30))],
+        *[("max_tokens", value, TypeError) for value in (1.0, 1.5, "3", True, [1], math.nan)],
+        *[("ignore_eos", value, TypeError) for value in (0, 1, "yes", None)],
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_bad_sampling_params(field, value, error):
+    with pytest.raises(error, match=f"{field} must be") as caught:
+        SamplingParams(**{field: value})
+    if abs(value) < 10**9 if isinstance(value, (int, float)) else True:
+        assert str(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("temprature", "temperature"),
+        ("temp", "temperature"),
+        ("max_token", "max_tokens"),
+        ("max_new_tokens", "max_tokens"),
+        ("ignore_eos_token", "ignore_eos"),
+        ("ignoreeos", "ignore_eos"),
+    ],
+)
+def test_an_unknown_sampling_param_suggests_the_nearest(name, nearest):
+    with pytest.raises(TypeError, match=rf"SamplingParams has no argument '{name}'.*'{nearest}'"):
+        SamplingParams(**{name: 1})
+
+
+def test_an_unknown_sampling_param_like_no_other_lists_the_names():
+    with pytest.raises(TypeError, match=r"'zzz'.*temperature.*max_tokens.*ignore_eos"):
+        SamplingParams(zzz=1)
+
+
+def test_good_sampling_params():
+    params = SamplingParams(temperature=np.float32(0.5), max_tokens=np.int64(3))
+    assert (params.temperature, params.max_tokens) == (0.5, 3)
+    assert SamplingParams(max_tokens=None).max_tokens is None
+    assert SamplingParams(temperature=0).temperature == 0
+    assert dataclasses.replace(params, max_tokens=7).max_tokens == 7
+    with pytest.raises(ValueError, match="max_tokens"):
+        dataclasses.replace(params, max_tokens=0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.max_tokens = 0
+
+
+@pytest.mark.usefixtures("unharmed")
+@pytest.mark.parametrize(
+    ("params", "error", "match"),
+    [
+        ([], ValueError, "2 and 0"),
+        ([SamplingParams()], ValueError, "2 and 1"),
+        ([SamplingParams()] * 3, ValueError, "2 and 3"),
+        ({"temperature": 0}, TypeError, "temperature"),
+        (0.5, TypeError, r"0\.5"),
+        ("greedy", TypeError, "greedy"),
+        (SamplingParams, TypeError, "SamplingParams"),
+        ([SamplingParams(), None], TypeError, "None"),
+        ([SamplingParams(), {"temperature": 0}], TypeError, "temperature"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_bad_lists_of_sampling_params(llm, params, error, match):
+    with pytest.raises(error, match=match) as caught:
+        llm.generate([[1], [2]], params, use_tqdm=False)
+    assert "sampling_params" in str(caught.value)
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_params_without_prompts(llm):
+    with pytest.raises(ValueError, match="0 and 1"):
+        llm.generate([], [SamplingParams()], use_tqdm=False)
+
+
+# ---- the engine's own arguments ----
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("max_num_seq", "max_num_seqs"),
+        ("max_batched_tokens", "max_num_batched_tokens"),
+        ("block_size", "kvcache_block_size"),
+        ("gpu_memory_utilisation", "gpu_memory_utilization"),
+        ("tensor_parallel", "tensor_parallel_size"),
+        ("eager", "enforce_eager"),
+        ("max_len", "max_model_len"),
+        ("Seed", "seed"),
+    ],
+)
+def test_an_unknown_engine_argument_suggests_the_nearest(qwen3, name, nearest):
+    with pytest.raises(TypeError, match=rf"has no argument '{name}'.*'{nearest}'"):
+        LLM(str(qwen3.path), **{name: 1})
+
+
+@pytest.mark.parametrize("name", ["hf_config", "eos_token_ids", "trust_remote_code", "zzz"])
+def test_what_is_no_argument(qwen3, name):
+    with pytest.raises(TypeError, match=rf"has no argument '{name}'"):
+        LLM(str(qwen3.path), **{name: None})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        *[
+            (name, value, error)
+            for name in ("max_num_batched_tokens", "max_num_seqs", "max_model_len", "kvcache_block_size")
+            for value, error in (
+                (0, ValueError),
+                (-1, ValueError),
+                (1.5, TypeError),
+                ("8", TypeError),
+                (None, TypeError),
+            )
+        ],
+        ("max_num_seqs", True, TypeError),
+        ("max_model_len", 1, ValueError),
+        ("num_kvcache_blocks", 0, ValueError),
+        ("num_kvcache_blocks", -2, ValueError),
+        ("num_kvcache_blocks", 2.0, TypeError),
+        *[("gpu_memory_utilization", value, ValueError) for value in (0, -0.5, 1.01, math.nan, math.inf)],
+        ("gpu_memory_utilization", "0.9", TypeError),
+        ("tensor_parallel_size", 0, ValueError),
+        ("tensor_parallel_size", 2.0, TypeError),
+        ("enforce_eager", 1, TypeError),
+        ("enforce_eager", "no", TypeError),
+        ("deterministic", None, TypeError),
+        ("seed", 2**63, ValueError),
+        ("seed", -(2**63) - 1, ValueError),
+        ("seed", 0.5, TypeError),
+        ("seed", None, TypeError),
+        ("dtype", "float8", ValueError),
+        ("dtype", "Float32", ValueError),
+        ("dtype", torch.int8, ValueError),
+        ("dtype", None, ValueError),
+        ("device", "tpu", ValueError),
+        ("device", "meta", ValueError),
+        ("device", "", ValueError),
+        ("device", None, ValueError),
+        ("device", [1], ValueError),
+        ("attention_backend", "flash", ValueError),
+        ("attention_backend", "flash_attn", ValueError),
+        ("attention_backend", "triton", ValueError),
+        ("attention_backend", 3, ValueError),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_bad_engine_arguments(qwen3, name, value, error):
+    with pytest.raises(error, match=name) as caught:
+        LLM(str(qwen3.path), **{"device": "cpu", name: value})
+    assert str(value) in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda", 1)])
+def test_a_gpu_that_is_not_there(qwen3, device):
+    with pytest.raises(ValueError, match=r"device='cuda.*pass 'cpu'"):
+        LLM(str(qwen3.path), device=device)
+
+
+def test_config_is_not_changed_after_construction(llm):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        llm.config.max_num_seqs = 3
+
+
+# ---- anything at all ----
+
+junk = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, VOCAB_SIZE + 3)
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.binary(max_size=3)
+    | st.just(SamplingParams(max_tokens=1)),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.tuples(inner, inner) | st.dictionaries(st.integers(), inner, max_size=2)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(prompts=junk, params=st.just(greedy(1)) | st.none() | junk)
+def test_junk_is_refused_or_served(llm, prompts, params):
+    with contextlib.suppress(TypeError, ValueError):
+        outputs = llm.generate(prompts, params if params is not None else greedy(1), use_tqdm=False)
+        assert len(outputs) == (1 if isinstance(prompts, str) else len(prompts))
+    assert_idle(llm)
+
+
+# ---- what breaks half-way ----
+
+
+class Boom(Exception):
+    pass
+
+
+def failing(after: int, error: BaseException) -> Callable[[Any], Any]:
+    """Makes of a function one that raises at its `after`-th call, before or after doing its work by turns."""
+    count = 0
+
+    def make(function: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == after and after % 2:
+                raise error
+            result = function(*args, **kwargs)
+            if count == after:
+                raise error
+            return result
+
+        return wrapped
+
+    return make
+
+
+PLACES = [
+    (lambda llm: llm.model_runner, "call"),
+    (lambda llm: llm.model_runner, "run_model"),
+    (lambda llm: llm.scheduler, "schedule"),
+    (lambda llm: llm.scheduler, "advance"),
+    (lambda llm: llm.scheduler, "postprocess"),
+    (lambda llm: llm.scheduler, "finish"),
+    (lambda llm: llm.scheduler, "add"),
+    (lambda llm: llm.block_manager, "allocate"),
+    (lambda llm: llm.block_manager, "deallocate"),
+    (lambda llm: llm.block_manager, "register"),
+    (lambda llm: model_runner.PendingTokens, "wait"),
+    (lambda llm: llm.tokenizer, "decode"),
+]
+
+
+@pytest.mark.parametrize(("error", "depth"), [(KeyboardInterrupt, 0), (KeyboardInterrupt, 1), (Boom, 1)])
+@pytest.mark.parametrize(("owner", "name"), PLACES, ids=[name for _, name in PLACES])
+def test_an_exception_anywhere_leaves_nothing_behind(qwen3, owner, name, error, depth):
+    llm = qwen3.llm(num_kvcache_blocks=24, max_num_batched_tokens=40, max_num_seqs=6)
+    llm.depth = depth
+    prompts = many_prompts(8)
+    free = llm.block_manager.num_free_blocks
+    for after in (1, 2, 5):
+        with replaced(owner(llm), name, failing(after, error())), pytest.raises(error):
+            llm.generate(prompts, [greedy(4 + i) for i in range(8)], use_tqdm=False)
+        assert llm.block_manager.num_free_blocks == free
+        assert_idle(llm)
+        # The results of the next call are its own.
+        assert_matches(qwen3, prompts[3:6], llm.generate(prompts[3:6], greedy(7), use_tqdm=False), 7)
+        assert_idle(llm)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("name", ["call", "run_model"])
+def test_requests_of_others_survive_an_exception(qwen3, name, depth):
+    llm = qwen3.llm(num_kvcache_blocks=40, max_num_batched_tokens=60)
+    llm.depth = depth
+    prompts = many_prompts(8)
+    for after in (1, 2, 4, 7, 10):
+        ids = [llm.add_request(prompt, greedy(20)) for prompt in prompts[:4]]
+        for _ in range(3):
+            llm.step()
+        with replaced(llm.model_runner, name, failing(after, KeyboardInterrupt())), pytest.raises(KeyboardInterrupt):
+            llm.generate(prompts[4:], greedy(20), use_tqdm=False)
+        done = drain(llm)
+        assert sorted(done) == ids
+        assert_matches(qwen3, prompts[:4], [done[i] for i in ids], 20)
+
+
+def drain(llm: LLM, max_steps: int = 1000) -> dict[int, list[int]]:
+    """Steps until everything is reported; each request once."""
+    done: dict[int, list[int]] = {}
+    for _ in range(max_steps):
+        if llm.is_finished():
+            break
+        for request_id, token_ids in llm.step()[0]:
+            assert request_id not in done
+            done[request_id] = token_ids
+    else:
+        raise AssertionError(f"still not finished after {max_steps} steps")
+    assert_idle(llm)
+    return done
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_step_can_be_interrupted_too(qwen3, depth):
+    """A loop over `step` goes on after an exception; what had finished before is still reported."""
+    llm = qwen3.llm(num_kvcache_blocks=40)
+    llm.depth = depth
+    prompts = many_prompts(6)
+    ids = [llm.add_request(prompt, greedy(6 + i)) for i, prompt in enumerate(prompts)]
+    done: dict[int, list[int]] = {}
+    with replaced(llm.model_runner, "call", failing(4, Boom())):
+        for _ in range(3):
+            done.update(llm.step()[0])
+        with pytest.raises(Boom):
+            llm.step()
+        done.update(drain(llm))
+    assert_matches(qwen3, prompts, [done[i] for i in ids], [6 + i for i in range(6)])
+
+
+def test_step_that_fails_does_not_lose_what_finished_during_generate(qwen3):
+    llm = qwen3.llm()
+    other = llm.add_request([5, 6], greedy(2))
+    llm.generate([[1, 2]], greedy(6), use_tqdm=False)
+    llm.add_request([7, 8], greedy(3))
+    with replaced(llm.model_runner, "call", failing(1, Boom())), pytest.raises(Boom):
+        llm.step()
+    done = drain(llm)
+    assert other in done, "its tokens were handed to a step that raised"
+
+
+def test_a_request_is_not_lost_when_its_text_cannot_be_made(qwen3):
+    llm = qwen3.llm()
+    with replaced(llm.tokenizer, "decode", failing(1, Boom())), pytest.raises(Boom):
+        llm.generate([[1, 2], [3, 4]], greedy(3), use_tqdm=False)
+    assert_idle(llm)
+    assert_works(llm, qwen3)
+
+
+# ---- Ctrl-C at any line ----
+
+
+class InterruptAtLine:
+    """Raises KeyboardInterrupt at the n-th line that runs in nanovllm/engine; with n = 0 it only counts."""
+
+    def __init__(self, n: int = 0):
+        self.n, self.count = n, 0
+        self.where = "nowhere"
+
+    def __enter__(self) -> "InterruptAtLine":
+        self.old = sys.gettrace()
+        sys.settrace(self.on_call)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        sys.settrace(self.old)
+
+    def on_call(self, frame: Any, event: str, arg: Any) -> Any:
+        return self.on_line if frame.f_code.co_filename.startswith(ENGINE) else None
+
+    def on_line(self, frame: Any, event: str, arg: Any) -> Any:
+        if event == "line":
+            self.count += 1
+            if self.count == self.n:
+                self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self.on_line
+
+
+class Scenario:
+    """Two requests of others, one of which ends while `generate` serves three of its own."""
+
+    prompts = ([7] * 20, [5, 6], [1, 2, 3], [4] * 17, [8])
+    lengths = (9, 3, 2, 5, 4)
+
+    def __init__(self, checkpoint: Checkpoint, depth: int):
+        self.checkpoint = checkpoint
+        self.llm = checkpoint.llm(num_kvcache_blocks=12, max_num_batched_tokens=24, max_num_seqs=4)
+        self.llm.depth = depth
+        self.expected = [
+            tokens[:n] for (tokens, _), n in zip(checkpoint.answers(list(self.prompts), 64), self.lengths, strict=True)
+        ]
+
+    def start(self) -> list[int]:
+        others = [self.llm.add_request(self.prompts[i], greedy(self.lengths[i])) for i in range(2)]
+        self.llm.step()
+        return others
+
+    def generate(self) -> list[list[int]]:
+        outputs = self.llm.generate(list(self.prompts[2:]), [greedy(n) for n in self.lengths[2:]], use_tqdm=False)
+        return [output["token_ids"] for output in outputs]
+
+    def problem(self, others: list[int], at_once: bool = True) -> str | None:
+        """What is wrong after an interrupted `generate`; `at_once`: the pool is in order before the next step."""
+        llm = self.llm
+        try:
+            if set(llm._requests) - set(others):
+                return "a request of the interrupted call is still there"
+            if at_once:
+                check_blocks(llm.block_manager, [*llm.scheduler.running, *llm.scheduler.waiting])
+            done = drain(llm, 60)
+            if sorted(done) != others:
+                return f"{2 - len(done)} of the other requests were never reported"
+            if [done[i] for i in others] != self.expected[:2]:
+                return "other requests got wrong tokens"
+            if self.generate() != self.expected[2:]:
+                return "the next call got wrong tokens"
+            assert_idle(llm)
+        except Exception as error:
+            return f"{type(error).__name__}: {str(error)[:80]}"
+        return None
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_ctrl_c_at_any_line(qwen3, depth):
+    """Own requests are gone, blocks are free, other requests end as they should, and the next call is right."""
+    scenario = Scenario(qwen3, depth)
+    others = scenario.start()
+    with InterruptAtLine() as counter:
+        assert scenario.generate() == scenario.expected[2:]
+    assert scenario.problem(others) is None
+    assert counter.count > 500
+    rng = random.Random(depth)
+    lines = sorted(rng.sample(range(1, counter.count + 1), 60))
+    problems, num_interrupted = {}, 0
+    for n in lines:
+        others = scenario.start()
+        with InterruptAtLine(n) as interrupt:
+            try:
+                scenario.generate()
+            except KeyboardInterrupt:
+                num_interrupted += 1
+        if found := scenario.problem(others):
+            problems[interrupt.where] = found
+            scenario = Scenario(qwen3, depth)
+    assert num_interrupted > 50
+    assert not problems, "\n".join(f"{where}: {what}" for where, what in sorted(problems.items()))
+
+
+def test_ctrl_c_at_each_line_that_takes_in_tokens(qwen3):
+    """The lines where tokens, ends and results change hands, one by one: the hardest place to be interrupted."""
+    scenario = Scenario(qwen3, depth=1)
+    places = {"postprocess", "finish", "_step", "step", "generate", "_release", "deallocate", "_output"}
+    others = scenario.start()
+    seen: dict[tuple[str, int], list[int]] = {}
+    with InterruptAtLine() as counter:
+        on_line = counter.on_line
+
+        def noting(frame: Any, event: str, arg: Any) -> Any:
+            on_line(frame, event, arg)
+            if event == "line" and frame.f_code.co_name in places:
+                seen.setdefault((frame.f_code.co_filename, frame.f_lineno), []).append(counter.count)
+            return noting
+
+        counter.on_line = noting  # type: ignore[method-assign]
+        scenario.generate()
+    assert scenario.problem(others) is None
+    assert len(seen) > 20
+    problems = {}
+    for counts in seen.values():
+        for n in {counts[0], counts[-1]}:
+            others = scenario.start()
+            with InterruptAtLine(n) as interrupt, contextlib.suppress(KeyboardInterrupt):
+                scenario.generate()
+            if found := scenario.problem(others):
+                problems[interrupt.where] = found
+                scenario = Scenario(qwen3, depth=1)
+    assert not problems, "\n".join(f"{where}: {what}" for where, what in sorted(problems.items()))
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_ctrl_c_once_more_during_the_recovery(qwen3, depth):
+    """An impatient user: the second one comes at each line of the clean-up of the first."""
+    scenario = Scenario(qwen3, depth)
+    problems: dict[str, str] = {}
+    first, interrupt = True, InterruptAtLine()
+
+    def traced(recover: Any) -> Any:
+        def wrapped() -> None:
+            nonlocal first
+            first, was_first = False, first
+            if not was_first:
+                recover()
+                return
+            with interrupt:
+                recover()
+
+        return wrapped
+
+    for n in range(1 + depth, 1000, 2):
+        others = scenario.start()
+        first, interrupt = True, InterruptAtLine(n)
+        with (
+            replaced(scenario.llm.model_runner, "call", failing(3, KeyboardInterrupt())),
+            replaced(scenario.llm, "_recover", traced),
+            pytest.raises(KeyboardInterrupt),
+        ):
+            scenario.generate()
+        found = scenario.problem(others, at_once=False)
+        if interrupt.where == "nowhere":  # past the end of the recovery
+            break
+        if found:
+            problems[interrupt.where] = found
+            scenario = Scenario(qwen3, depth)
+    assert n > 15  # it had that many lines
+    assert not problems, "\n".join(f"{where}: {what}" for where, what in sorted(problems.items()))
+
+
+def test_a_real_sigint(qwen3):
+    """In a process of its own, at random moments of a long call, as the terminal sends it."""
+    code = f"""
+        import os, random, signal, sys, threading, time
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import torch
+        torch.set_num_threads(1)
+        from nanovllm import LLM, SamplingParams
+
+        llm = LLM({str(qwen3.path)!r}, device="cpu", num_kvcache_blocks=40, kvcache_block_size=16)
+        params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+        short = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+        prompts = [[i + 1] * (3 * i + 1) for i in range(12)]
+        expected = [output["token_ids"] for output in llm.generate(prompts[:3], short, use_tqdm=False)]
+        free = llm.block_manager.num_free_blocks
+        rng, interrupted = random.Random(0), 0
+        for i in range(12):
+            llm.depth = i % 2
+            timer = threading.Timer(rng.uniform(0.0, 0.3), os.kill, (os.getpid(), signal.SIGINT))
+            try:
+                timer.start()
+                llm.generate(prompts, params, use_tqdm=bool(i % 3))
+                time.sleep(5)
+            except KeyboardInterrupt:
+                interrupted += 1
+            timer.join()
+            assert llm.is_finished() and llm.scheduler.is_finished()
+            assert llm.block_manager.num_free_blocks == free == 40
+            outputs = llm.generate(prompts[:3], short, use_tqdm=False)
+            assert [output["token_ids"] for output in outputs] == expected
+        print("interrupted", interrupted)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.split() == ["interrupted", "12"]
+
+
+# ---- a model that computes nonsense ----
+
+
+def test_a_request_whose_logits_are_nan_ends_alone(qwen3):
+    """One token has a broken embedding: only the request that contains it fails, and says so."""
+    llm = qwen3.llm(max_num_batched_tokens=40, num_kvcache_blocks=14)
+    bad, prompts = 200, many_prompts(6)
+    prompts = [[token if token != bad else 1 for token in prompt] for prompt in prompts]
+    answers = qwen3.answers(prompts, 64)
+    assert all(bad not in tokens[:20] for tokens, _ in answers)
+    with torch.inference_mode():
+        llm.model_runner.model.lm_head.weight = torch.nn.Parameter(llm.model_runner.model.lm_head.weight.clone(), False)
+        llm.model_runner.model.model.embed_tokens.weight[bad] = math.nan
+    for _ in range(3):  # also later, in blocks that the broken request has left
+        outputs = llm.generate([*prompts[:3], [1, 2, bad, 3], *prompts[3:]], greedy(20), use_tqdm=False)
+        broken = outputs.pop(3)
+        assert_matches(qwen3, prompts, outputs, 20)
+        assert all(0 <= token < VOCAB_SIZE for token in broken.token_ids)
+        assert broken.finish_reason == "error"
+        assert_idle(llm)

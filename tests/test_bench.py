@@ -1,0 +1,118 @@
+"""bench.py: the workload is upstream's to the token, the floor is what its docstring says, every mode runs."""
+
+import importlib.util
+import json
+import random
+from random import randint
+
+import pytest
+
+import bench
+from benchmarks.profiling import kernel_table
+from benchmarks.workload import WORKLOADS, Case, ModelBytes, floor_bytes, make_case, min_steps
+
+
+@pytest.fixture
+def run(qwen3, monkeypatch, capsys):
+    monkeypatch.setattr(bench.machine, "copy_bytes_per_s", lambda device: 1e9)  # a real one takes seconds
+
+    def run(*argv):
+        engine = ["--device", "cpu", "--num-kvcache-blocks", "64", "--kvcache-block-size", "16"]
+        report = bench.main(["--model", str(qwen3.path), *engine, *argv])
+        printed = capsys.readouterr().out
+        assert json.loads(printed.splitlines()[-1]) == json.loads(json.dumps(report)), "the last line is the report"
+        return report, printed
+
+    return run
+
+
+def test_workload_is_upstreams():
+    name, *shape = WORKLOADS["bench"][0]
+    case = make_case(name, *shape, seed=0, vocab_size=151936)
+    assert len(case.prompts) == 256
+    assert case.num_input_tokens == 142_827
+    assert case.num_output_tokens == 133_966
+    random.seed(0)
+    assert case.prompts == [[randint(0, 10000) for _ in range(randint(100, 1024))] for _ in range(256)]
+    assert case.output_lens == [randint(100, 1024) for _ in range(256)]
+    again = case.refilled(1)
+    assert list(map(len, again.prompts)) == list(map(len, case.prompts))
+    assert again.output_lens == case.output_lens
+    assert again.prompts[0][:16] != case.prompts[0][:16]
+    assert max(map(max, case.prompts)) == max(map(max, again.prompts)) == 10_000
+
+
+def test_floor_counts_weights_once_a_step_and_kv_once_a_token(checkpoints):
+    untied = checkpoints("llama").model
+    matrices = {name: p.numel() for name, p in untied.named_parameters() if p.dim() == 2}
+    del matrices["model.embed_tokens.weight"]  # of which a step reads a row a token
+    assert ModelBytes.of(untied.config, itemsize=2).weights == 2 * sum(matrices.values())
+    tied = checkpoints("qwen3").model
+    model = ModelBytes.of(tied.config, itemsize=4)
+    assert model.weights == 4 * sum(p.numel() for p in tied.parameters() if p.dim() == 2)
+    assert model.kv_per_token == 4 * 2 * 2 * 2 * 16  # float32, k and v, layers, kv heads, head_dim
+    case = Case("", [[1] * 10, [1] * 20], [3, 1], 100)
+    # The first request decodes twice, over 11 and 12 tokens of context; its first token comes with the prompt.
+    assert floor_bytes(case, model, max_num_seqs=8) == 3 * model.weights + (11 + 12) * model.kv_per_token
+    assert min_steps(case, max_num_seqs=1) == 4
+
+
+def test_small_workload_against_transformers(run):
+    report, printed = run("--compare", "transformers", "--repeats", "2", "--output-len", "6")
+    results = report["results"]
+    assert [(r["case"], r["engine"]) for r in results] == [
+        ("one request", "nanovllm"), ("one request", "transformers"),
+        ("16 together", "nanovllm"), ("16 together", "transformers"),
+    ]  # fmt: skip
+    assert results[2]["num_output_tokens"] == 96
+    assert results[2]["num_steps"] == 6
+    assert all(len(r["seconds"]) == 2 and r["floor_share"] > 0 for r in results)
+    assert "one request: nanovllm at" in printed
+    assert "nanovllm: 16 together at" in printed
+
+
+def test_range_of_lengths_and_one_output_token(run):
+    report, _ = run("--workload", "prefill", "--num-seqs", "3", "--input-len", "5-9", "--repeats", "1")
+    (result,) = report["results"]
+    assert 15 <= result["num_input_tokens"] <= 27
+    assert result["num_output_tokens"] == 3
+    assert "floor_share" not in result
+
+
+def test_host_profile(run):
+    report, _ = run("--host-profile", "--workload", "bench", "--num-seqs", "20", "--input-len", "10-40")
+    parts = report["host_us_per_step"]
+    assert set(parts) == {"schedule", "prepare", "postprocess", "step"}
+    assert 0 < parts["schedule"] + parts["prepare"] + parts["postprocess"] <= parts["step"]
+
+
+def test_profile_writes_a_trace(run, tmp_path):
+    _, printed = run("--profile", str(tmp_path / "trace.json"), "--output-len", "40", "--num-seqs", "2")
+    assert "aten::mm" in printed
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+def test_plot(run, tmp_path):
+    report, _ = run("--plot", str(tmp_path / "plot.png"), "--num-seqs", "4", "--output-len", "3", "--input-len", "4",
+                    "--repeats", "1")  # fmt: skip
+    assert [r["num_seqs"] for r in report["results"]] == [1, 2, 4]
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_kernel_table_counts_overlap_once():
+    def kernel(name, start_us, duration_us):
+        return {"cat": "kernel", "name": name, "ts": start_us, "dur": duration_us}
+
+    events = [kernel("a", 100, 30), kernel("b", 120, 30), kernel("a", 190, 10), {"cat": "cpu_op", "ts": 0, "dur": 999}]
+    table = kernel_table({"traceEvents": events}, num_steps=2)
+    assert "idled 40.0%" in table  # 50 + 10 of 100 µs are busy
+    assert table.splitlines()[1].split() == ["57.1%", "20.0", "1.0", "20.0", "a"]
+    assert kernel_table({"traceEvents": []}, num_steps=1) == "the trace has no GPU kernels"
+
+
+@pytest.mark.parametrize("argv", [["--input-len", "9-3"], ["--repeats", "0"], ["--profile", "x", "--engine", "vllm"]])
+def test_bad_arguments(argv, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(argv)
+    assert "error" in capsys.readouterr().err

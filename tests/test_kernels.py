@@ -1,0 +1,404 @@
+"""Every Triton kernel against its plain-torch twin.
+
+On a CPU the kernels run in Triton's interpreter, which must be chosen before Triton is imported: where it was not, one
+test runs this file again in a process of its own. The interpreter computes bfloat16 wrongly, so it is fed float32.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from nanovllm.kernels import activation, attention_decode, attention_prefill, norm, rope, sampling  # noqa: E402
+from nanovllm.kernels.triton_utils import num_multiprocessors  # noqa: E402
+
+INTERPRETED = not isinstance(norm._norm_kernel, triton.JITFunction)
+NAN = float("nan")
+
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in test_under_the_interpreter")
+TARGETS = [
+    pytest.param("cpu", torch.float32, marks=needs_interpreter, id="interpreter"),
+    *(
+        pytest.param("cuda", dtype, marks=pytest.mark.gpu, id=f"cuda-{str(dtype)[6:]}")
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    ),
+]
+on_targets = pytest.mark.parametrize(("device", "dtype"), TARGETS)
+on_gpu = pytest.mark.parametrize(("device", "dtype"), TARGETS[1:2])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that run")
+def test_under_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_import_without_triton():
+    """The package imports, and its public functions work on CPU, where Triton cannot be imported."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, nanovllm\n"
+        "from nanovllm.kernels import activation, attention_decode, attention_prefill, norm, rope, sampling\n"
+        "assert norm.rms_norm(torch.ones(2, 4), torch.ones(4), 1e-6).shape == (2, 4)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_inputs():
+    print(f"torch.manual_seed({torch.seed()})")  # pytest shows it where a test fails
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=tolerance, atol=tolerance)
+
+
+# ---- elementwise ----
+
+
+@on_targets
+@pytest.mark.parametrize(("num_tokens", "hidden_size"), [(1, 64), (3, 100), (2, 1024), (0, 64)])
+def test_norms(device, dtype, num_tokens, hidden_size):
+    x, residual = torch.randn(2, num_tokens, hidden_size + 16, device=device).to(dtype)[..., :hidden_size]  # strided
+    weight = torch.randn(hidden_size, device=device).to(dtype)
+    assert_close(norm.rms_norm_triton(x, weight, 1e-6), norm.rms_norm_torch(x, weight, 1e-6), dtype)
+    out, total = norm.add_rms_norm_triton(x, residual, weight, 1e-6)
+    expected_out, expected_total = norm.add_rms_norm_torch(x, residual, weight, 1e-6)
+    assert torch.equal(total, expected_total)
+    assert_close(out, expected_out, dtype)
+
+
+@on_targets
+def test_norm_of_partial_sums(device, dtype):
+    parts = torch.randn(4, 3, 96, device=device)
+    residual, weight = torch.randn(3, 96, device=device).to(dtype), torch.randn(96, device=device).to(dtype)
+    out, total = norm.add_rms_norm_triton(parts, residual, weight, 1e-6)
+    expected_out, expected_total = norm.add_rms_norm_torch(parts, residual, weight, 1e-6)
+    assert total.dtype == dtype
+    assert_close(total, expected_total, dtype)
+    assert_close(out, expected_out, dtype)
+
+
+@on_targets
+@pytest.mark.parametrize(("num_tokens", "size"), [(1, 16), (3, 100), (2, 1500), (0, 16)])
+def test_silu_and_mul(device, dtype, num_tokens, size):
+    x = (4 * torch.randn(num_tokens, 2 * size + 16, device=device)).to(dtype)[:, : 2 * size]  # strided
+    assert_close(activation.silu_and_mul_triton(x), activation.silu_and_mul_torch(x), dtype)
+
+
+@on_targets
+@pytest.mark.parametrize("with_norm", [True, False])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "block_size"), [(4, 2, 128, 16), (14, 2, 64, 48), (5, 1, 80, 256)]
+)
+def test_qk_norm_rope_store(device, dtype, with_norm, num_heads, num_kv_heads, head_dim, block_size):
+    num_tokens, num_blocks, sentinel = 6, 3, 7.0
+    qkv = torch.randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim, device=device).to(dtype)
+    positions = torch.randint(0, 50, (num_tokens,), device=device)
+    cos_sin = torch.randn(50, head_dim, device=device)
+    weights = torch.randn(2, head_dim, device=device).to(dtype) if with_norm else (None, None)
+    # Both ends of a block, both ends of the cache, nothing stored, and in between.
+    slots = [block_size - 1, block_size, 0, num_blocks * block_size - 1, -1, block_size + 7]
+    slot_mapping = torch.tensor(slots, device=device)
+    results = []
+    for run in (rope.qk_norm_rope_store_triton, rope.qk_norm_rope_store_torch):
+        x = qkv.clone()
+        k_cache, v_cache = torch.full((2, num_blocks, block_size, num_kv_heads, head_dim), sentinel, device=device).to(
+            dtype
+        )
+        q, k, v = run(x, positions, cos_sin, *weights, 1e-6, k_cache, v_cache, slot_mapping)
+        results.append((x, q, k, v, k_cache, v_cache))
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, dtype)
+    x, q, k, v, k_cache, v_cache = results[0]
+    assert q.data_ptr() == x.data_ptr()
+    assert torch.equal(v, qkv[:, -num_kv_heads * head_dim :].view_as(v))
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        flat = cache.view(-1, num_kv_heads, head_dim)
+        stored = slot_mapping >= 0
+        assert torch.equal(flat[slot_mapping[stored]], new[stored])
+        untouched = torch.ones(len(flat), dtype=torch.bool)
+        untouched[[slot for slot in slots if slot >= 0]] = False
+        assert (flat[untouched.to(device)] == sentinel).all()
+
+
+# ---- sampling ----
+
+
+def random_rows(batch_size, device):
+    """Seeds of either sign and beyond 32 bits, and positions."""
+    seeds = torch.randint(-(2**63), 2**63 - 1, (batch_size,), device=device)
+    return seeds, torch.randint(0, 40960, (batch_size,), device=device)
+
+
+@pytest.fixture(params=[True, False], ids=["blocks-share-programs", "block-a-program"])
+def _programs(request, monkeypatch):
+    """A small chip gives a program several blocks of a row, a large one a block."""
+    monkeypatch.setattr(sampling, "num_multiprocessors", lambda device: 1 if request.param else 10**6)
+
+
+@on_targets
+@pytest.mark.usefixtures("_programs")
+@pytest.mark.parametrize("vocab_size", [1, 1023, 1024, 1025, 5000])
+def test_gumbel_max(device, dtype, vocab_size):
+    batch_size = 5
+    logits = (3 * torch.randn(batch_size, vocab_size + 8, device=device)).to(dtype)[:, :vocab_size]  # strided
+    temperatures = torch.tensor([0.0, 1.0, 0.6, 1e-6, 2.0], device=device)
+    rows = random_rows(batch_size, device)
+    scores, token_ids = sampling.gumbel_max_triton(logits, temperatures, *rows)
+    expected_scores, expected_ids = sampling.gumbel_max_torch(logits, temperatures, *rows)
+    assert torch.equal(token_ids, expected_ids)
+    torch.testing.assert_close(scores, expected_scores, rtol=1e-5, atol=1e-5)
+
+
+@on_targets
+def test_gumbel_noise_is_the_twins(device, dtype):
+    """Logits that leave out all but one token: its score is its noise."""
+    batch_size, vocab_size = 24, 1200
+    logits = torch.full((batch_size, vocab_size), float("-inf"), device=device, dtype=dtype)
+    tokens = torch.randint(0, vocab_size, (batch_size,), device=device)
+    logits[torch.arange(batch_size, device=device), tokens] = 0
+    seeds, positions = random_rows(batch_size, device)
+    scores, token_ids = sampling.gumbel_max_triton(logits, torch.ones(batch_size, device=device), seeds, positions)
+    noise = sampling.gumbel_noise_torch(seeds, positions, tokens[:, None])[:, 0]
+    assert torch.equal(token_ids, tokens)
+    torch.testing.assert_close(scores, noise, rtol=1e-5, atol=1e-5)
+
+
+@on_targets
+def test_gumbel_max_of_shards(device, dtype):
+    batch_size, vocab_size, cut = 4, 2100, 1050
+    logits = torch.randn(batch_size, vocab_size, device=device).to(dtype)
+    rows = torch.tensor([0.0, 1.0, 0.5, 3.0], device=device), *random_rows(batch_size, device)
+    scores, token_ids = sampling.gumbel_max_triton(logits, *rows)
+    (scores0, ids0), (scores1, ids1) = (
+        sampling.gumbel_max_triton(logits[:, :cut], *rows),
+        sampling.gumbel_max_triton(logits[:, cut:], *rows, first_token_id=cut),
+    )
+    assert torch.equal(torch.where(scores1 > scores0, ids1, ids0), token_ids)
+    assert torch.equal(torch.maximum(scores0, scores1), scores)
+
+
+@on_targets
+@pytest.mark.usefixtures("_programs")
+def test_gumbel_argmax_ends(device, dtype):
+    """Ties, and rows without a finite maximum."""
+    inf, vocab_size = float("inf"), 3000
+    cases = [  # what replaces zeros of an otherwise equal row, temperature, expected
+        ({2999: 1.0, 1024: 1.0, 1500: 1.0}, 0.0, 1024),  # across blocks
+        ({17: 1.0, 16: 1.0}, 0.0, 16),  # neighbours
+        ({}, 0.0, 0),
+        ({5: inf}, 0.0, -1),
+        ({5: inf}, 1.0, -1),
+        ({2999: NAN}, 0.0, -1),
+        ({0: NAN}, 1.0, -1),
+        ({5: -inf, 7: 2.0}, 0.0, 7),
+        (dict.fromkeys(range(vocab_size), -inf), 0.0, -1),
+        (dict.fromkeys(range(vocab_size), -inf), 1.0, -1),
+        ({i: -inf for i in range(vocab_size) if i != 2222}, 1.0, 2222),
+    ]
+    logits = torch.zeros(len(cases), vocab_size)
+    for row, (values, _, _) in zip(logits, cases, strict=True):
+        row[list(values)] = torch.tensor(list(values.values()))
+    temperatures = torch.tensor([temperature for _, temperature, _ in cases], device=device)
+    rows = random_rows(len(cases), device)
+    logits = logits.to(device, dtype)
+    expected = [token_id for _, _, token_id in cases]
+    assert sampling.gumbel_max_triton(logits, temperatures, *rows)[1].tolist() == expected
+    assert sampling.gumbel_max_torch(logits, temperatures, *rows)[1].tolist() == expected
+
+
+@on_gpu
+def test_gumbel_max_of_a_full_vocabulary(device, dtype):
+    for batch_size in (1, 64, 256):
+        logits = torch.randn(batch_size, 151936, device=device).to(dtype)
+        temperatures = torch.rand(batch_size, device=device)
+        rows = random_rows(batch_size, device)
+        _, token_ids = sampling.gumbel_max_triton(logits, temperatures, *rows)
+        assert torch.equal(token_ids, sampling.gumbel_max_torch(logits, temperatures, *rows)[1])
+
+
+# ---- attention ----
+
+
+def make_cache(context_lens, num_kv_heads, head_dim, block_size, device, dtype):
+    """Random keys and values in shuffled pages, NaN in every slot and impossible pages in every entry beyond."""
+    counts = [-(-length // block_size) for length in context_lens]
+    num_blocks = sum(counts) + 2
+    pages = torch.randperm(num_blocks).tolist()
+    block_tables = torch.full((len(context_lens), max(counts, default=0) + 1), -(2**30), dtype=torch.int32)
+    caches = torch.full((2, num_blocks * block_size, num_kv_heads, head_dim), NAN)
+    for row, (length, count) in enumerate(zip(context_lens, counts, strict=True)):
+        table = torch.tensor([pages.pop() for _ in range(count)], dtype=torch.long)
+        block_tables[row, :count] = table
+        slots = (table[:, None] * block_size + torch.arange(block_size)).flatten()[:length]
+        caches[:, slots] = torch.randn(2, length, num_kv_heads, head_dim)
+    k_cache, v_cache = caches.view(2, num_blocks, block_size, num_kv_heads, head_dim).to(device, dtype)
+    return k_cache, v_cache, block_tables.to(device), torch.tensor(context_lens, dtype=torch.int32, device=device)
+
+
+def make_queries(num_tokens, num_heads, head_dim, device, dtype):
+    """Rows strided as views of a qkv product are."""
+    return torch.randn(num_tokens, num_heads + 2, head_dim, device=device).to(dtype)[:, :num_heads]
+
+
+DECODE_CASES = [  # context_lens, num_heads, num_kv_heads, head_dim, block_size
+    ([1, 15, 16, 17, 0, 63, 64, 65, 200], 2, 2, 64, 16),  # around pages and blocks
+    ([1, 255, 256, 257], 4, 2, 128, 256),  # pages of several blocks
+    ([300, 1], 4, 1, 64, 32),
+    ([129, 47, 48, 49], 5, 1, 64, 48),  # pages that blocks straddle
+    ([1200], 16, 2, 64, 64),  # one sequence in more items than are merged at a time
+    ([1, 500, 1], 20, 1, 32, 16),  # more heads a group than tl.dot's least rows
+]
+
+
+@on_targets
+@pytest.mark.parametrize(("context_lens", "num_heads", "num_kv_heads", "head_dim", "block_size"), DECODE_CASES)
+def test_decode(device, dtype, context_lens, num_heads, num_kv_heads, head_dim, block_size):
+    cache = make_cache(context_lens, num_kv_heads, head_dim, block_size, device, dtype)
+    q = make_queries(len(context_lens), num_heads, head_dim, device, dtype)
+    out = torch.full_like(q, NAN, memory_format=torch.contiguous_format)
+    max_context_len = max(context_lens)
+    actual = attention_decode.paged_attention_decode_triton(q, *cache, head_dim**-0.5, max_context_len, out=out)
+    expected = attention_decode.paged_attention_decode_torch(q, *cache, head_dim**-0.5, max_context_len)
+    assert actual is out
+    assert_close(actual, expected, dtype)
+    assert (actual[torch.tensor(context_lens) == 0] == 0).all()
+
+
+@on_targets
+def test_decode_shares_a_plan(device, dtype):
+    """Layer after layer with one plan, whose counts of arrivals must be 0 again after each."""
+    context_lens, head_dim = [400, 3, 130], 64
+    plan = None
+    for _ in range(3):
+        cache = make_cache(context_lens, 2, head_dim, 16, device, dtype)
+        q = make_queries(len(context_lens), 4, head_dim, device, dtype)
+        plan = plan or attention_decode.plan_decode(cache[3], 4, 2, head_dim, 400)
+        plan.partial_out.fill_(NAN)
+        actual = attention_decode.paged_attention_decode_triton(q, *cache, head_dim**-0.5, 400, plan=plan)
+        assert_close(actual, attention_decode.paged_attention_decode_torch(q, *cache, head_dim**-0.5, 400), dtype)
+        assert not plan.arrivals.any()
+
+
+@on_targets
+@pytest.mark.parametrize(
+    ("context_lens", "num_kv_heads", "max_context_len"),
+    [
+        ([1], 8, 40960),
+        ([40960], 8, 40960),
+        ([40960, *[1] * 63], 8, 40960),
+        ([0, 0, 0], 8, 4096),
+        ([1024] * 300, 8, 4096),  # more sequences than the planner's tile
+        (list(range(0, 4096, 13)), 1, 4096),
+        ([127, 128, 129, 257], 2, 257),
+    ],
+)
+def test_plan(device, dtype, context_lens, num_kv_heads, max_context_len):
+    """Items cover every context once, in order and whole blocks, and none is much longer than the mean."""
+    lens = torch.tensor(context_lens, dtype=torch.int32, device=device)
+    plan = attention_decode.plan_decode(lens, num_kv_heads, num_kv_heads, 16, max_context_len)
+    items = plan.items[:, :5].tolist()
+    used = next((i for i, item in enumerate(items) if item[0] < 0), len(items))
+    assert all(item[0] == -1 for item in items[used:])
+    expected = 0
+    target = max(4 * num_multiprocessors(lens.device) // num_kv_heads, len(lens))
+    longest = max(sum(context_lens) / target, attention_decode.MIN_ITEM_LEN) + attention_decode.BLOCK
+    for seq, length in enumerate(context_lens):
+        num_items = items[expected][4]
+        position = 0
+        for item, (row, begin, end, first_item, count) in enumerate(items[expected : expected + num_items], expected):
+            assert (row, begin, first_item, count) == (seq, position, expected, num_items)
+            assert begin % attention_decode.BLOCK == 0
+            assert end - begin <= longest
+            assert end > begin or length == 0
+            assert item < used
+            position = end
+        assert position == length
+        expected += num_items
+    assert expected == used
+    assert not plan.arrivals.any()
+
+
+PREFILL_CASES = [  # query lengths, context_lens, num_heads, num_kv_heads, head_dim, block_size
+    ([1, 17, 3, 63, 0, 65], [1, 17, 90, 64, 7, 150], 2, 2, 64, 16),  # whole prompts, chunks, prefixes, nothing
+    ([2, 70], [257, 256], 4, 2, 128, 256),
+    ([33, 1], [33, 300], 4, 1, 64, 32),
+    ([30, 5, 48], [49, 48, 48], 5, 1, 64, 48),  # a token's heads lie in two tiles; pages that blocks straddle
+    ([20], [200], 16, 2, 64, 64),
+]
+
+
+@on_targets
+@pytest.mark.parametrize("config", [None, (128, 64, 8, 3)])
+@pytest.mark.parametrize(
+    ("q_lens", "context_lens", "num_heads", "num_kv_heads", "head_dim", "block_size"), PREFILL_CASES
+)
+def test_prefill(device, dtype, config, q_lens, context_lens, num_heads, num_kv_heads, head_dim, block_size):
+    if config and device == "cuda" and dtype == torch.float32:
+        pytest.skip("a tile for 16 bits")
+    cache = make_cache(context_lens, num_kv_heads, head_dim, block_size, device, dtype)
+    skipped = 3  # rows of a mixed batch that are another kernel's
+    cu_seqlens_q = torch.tensor([skipped, *q_lens], device=device).cumsum(0, dtype=torch.int32)
+    q = make_queries(skipped + sum(q_lens), num_heads, head_dim, device, dtype)
+    out = torch.full_like(q, NAN, memory_format=torch.contiguous_format)
+    args = q, *cache[:3], cu_seqlens_q, cache[3], head_dim**-0.5, max(q_lens)
+    actual = attention_prefill.paged_attention_prefill_triton(*args, out=out, config=config)
+    assert actual is out
+    assert out[:skipped].isnan().all()
+    assert_close(out[skipped:], attention_prefill.paged_attention_prefill_torch(*args)[skipped:], dtype)
+
+
+@on_targets
+def test_prefill_of_single_queries_is_decode(device, dtype):
+    context_lens, head_dim = [1, 64, 130], 64
+    cache = make_cache(context_lens, 2, head_dim, 16, device, dtype)
+    q = make_queries(3, 4, head_dim, device, dtype)
+    cu_seqlens_q = torch.arange(4, dtype=torch.int32, device=device)
+    prefilled = attention_prefill.paged_attention_prefill_triton(
+        q, *cache[:3], cu_seqlens_q, cache[3], head_dim**-0.5, 1
+    )
+    decoded = attention_decode.paged_attention_decode_triton(q, *cache, head_dim**-0.5, max(context_lens))
+    assert_close(prefilled, decoded, dtype)
+
+
+@on_gpu
+def test_decode_repeats_exactly(device, dtype):
+    """Whichever program merges, partial results are added in one order; and none is read before it is written."""
+    context_lens = torch.randint(1, 3000, (48,)).tolist()
+    cache = make_cache(context_lens, 8, 128, 16, device, dtype)
+    q = make_queries(48, 16, 128, device, dtype)
+    first = attention_decode.paged_attention_decode_triton(q, *cache, 128**-0.5, 3000)
+    plan = attention_decode.plan_decode(cache[3], 16, 8, 128, 3000)
+    for _ in range(200):
+        plan.partial_out.fill_(NAN)
+        plan.partial_lse.fill_(NAN)
+        again = attention_decode.paged_attention_decode_triton(q, *cache, 128**-0.5, 3000, plan=plan)
+        assert torch.equal(first, again)
+
+
+@on_gpu
+def test_decode_in_a_cuda_graph(device, dtype):
+    """One graph for all lengths up to the maximum it was captured with."""
+    batch_size, block_size, max_context_len = 4, 16, 4096
+    k_cache, v_cache, block_tables, context_lens = make_cache(
+        [max_context_len] * batch_size, 2, 64, block_size, device, dtype
+    )
+    q = make_queries(batch_size, 4, 64, device, dtype)
+    args = q, k_cache, v_cache, block_tables, context_lens, 0.125, max_context_len
+    attention_decode.paged_attention_decode_triton(*args)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention_decode.paged_attention_decode_triton(*args)
+    for lens in ([1, 1, 1, 1], [4096, 1, 0, 17], [4096] * 4, [100, 2000, 300, 4000]):
+        context_lens.copy_(torch.tensor(lens))
+        out.fill_(NAN)
+        graph.replay()
+        assert_close(out, attention_decode.paged_attention_decode_torch(*args), dtype)
