@@ -44,8 +44,9 @@ class Sampler(nn.Module):
     ) -> torch.Tensor:
         """logits [B, vocab]; temperatures [B] float32; seeds, positions [B] int64 -> token ids [B] int64."""
         if adjustments is not None:
-            logits = logits.float()  # a copy, unless they are float32 already
-            logits[adjustments.rows] = adjust_logits(logits[adjustments.rows], adjustments)
+            rows = adjustments.rows
+            # Not in place: log probabilities are of the logits as they were.
+            logits = logits.float().index_copy(0, rows, adjust_logits(logits[rows].float(), adjustments))
         return gumbel_argmax(logits, temperatures, seeds, positions)
 
 
