@@ -3,10 +3,18 @@
 import logging
 
 from nanovllm.llm import LLM
-from nanovllm.outputs import RequestOutput
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput, StreamDelta
+from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 
-__all__ = ["LLM", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+    "StreamDelta",
+    "StructuredOutputsParams",
+]
 
 # The engine says in one line what it chose. Programs that set up logging themselves decide where that goes.
 if not logging.getLogger().handlers and not logging.getLogger("nanovllm").handlers:
@@ -15,3 +23,14 @@ if not logging.getLogger().handlers and not logging.getLogger("nanovllm").handle
     logging.getLogger("nanovllm").addHandler(_handler)
     logging.getLogger("nanovllm").setLevel(logging.INFO)
     logging.getLogger("nanovllm").propagate = False
+=======
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+    "StreamDelta",
+    "StructuredOutputsParams",
+]
+>>>>>>> 6fe7447a86078964fc69749863bf2bbe032bb3c9

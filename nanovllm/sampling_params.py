@@ -1,30 +1,195 @@
 """How one request is sampled. Built by users, checked here once, read by the scheduler and the sampler."""
 
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 from nanovllm.utils.validation import check_bool, check_float, check_int, strict_kwargs
+
+MAX_LOGPROBS = 20  # vLLM's default cap
+
+
+@strict_kwargs
+@dataclass(frozen=True)
+class StructuredOutputsParams:
+    """A grammar that the output must match; give exactly one. Needs the extra `structured`.
+
+    Args:
+        json: a JSON schema, as a dict or its text.
+        regex: a regular expression that the whole output matches.
+        choice: a list of texts, of which the output is one.
+        grammar: a grammar in the Lark syntax of llguidance.
+    """
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+    def __post_init__(self):
+        given = [name for name in ("json", "regex", "choice", "grammar") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"structured_outputs takes exactly one of json, regex, choice, grammar; got {given or 'none'}"
+            )
+        if isinstance(self.json, str):
+            try:
+                json.loads(self.json)
+            except ValueError as error:
+                raise ValueError(f"structured_outputs.json is not valid JSON: {error}") from None
+        if self.regex is not None:
+            try:
+                re.compile(self.regex)
+            except re.error as error:
+                raise ValueError(
+                    f"structured_outputs.regex={self.regex!r} is not a valid expression: {error}"
+                ) from None
+        if self.choice is not None and not (
+            self.choice and all(isinstance(text, str) and text for text in self.choice)
+        ):
+            raise ValueError(f"structured_outputs.choice must be a list of non-empty strings, got {self.choice!r}")
 
 
 @strict_kwargs
 @dataclass(frozen=True)
 class SamplingParams:
-    """Sampling parameters of one request.
+    """Sampling parameters of one request: vLLM's names, defaults and ranges (but `max_tokens`, 64 here).
 
     Args:
+        n: completions of the prompt, at least 1.
         temperature: 0 takes the most likely token (greedy); above 0 divides the logits before the draw. Default 1.0.
-        max_tokens: tokens to generate at most; None means as many as `max_model_len` and the cache allow. Default 64.
+        top_p: keep the fewest most likely tokens whose probabilities sum to this; in (0, 1].
+        top_k: keep this many most likely tokens; 0 or -1 keeps all.
+        min_p: drop tokens less likely than this share of the likeliest; from 0 to 1.
+        presence_penalty: subtracted from the logit of each token generated already; from -2 to 2.
+        frequency_penalty: the same, times how often; from -2 to 2.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output; above 0.
+        seed: makes the draws reproducible whatever else is in the batch; None (or -1) draws one from the engine's.
+        stop: texts that end the completion, a string or a list.
+        stop_token_ids: token ids that end it, beside the model's end-of-sequence ids.
         ignore_eos: keep generating past the end-of-sequence token. Default False.
+        max_tokens: tokens to generate at most; None means as many as `max_model_len` and the cache allow. Default 64.
+        min_tokens: no end of any kind before this many tokens.
+        logprobs: return the log probabilities of the sampled token and of this many likeliest ones, at most 20.
+        prompt_logprobs: the same for every prompt token but the first.
+        logit_bias: {token id: number added to its logit}, from -100 to 100.
+        allowed_token_ids: only these may be generated.
+        bad_words: texts that may not be generated.
+        include_stop_str_in_output: keep the stop string at the end of the text.
+        detokenize: False leaves `text` empty.
+        skip_special_tokens: leave special tokens out of the text. Default True.
+        spaces_between_special_tokens: as in transformers' `decode`. Default True.
+        logits_processors: callables (output ids, logits [vocab]) or (prompt ids, output ids, logits [vocab]), which
+            return the logits to use.
+        structured_outputs: a grammar that the output must match.
 
     Raises:
         TypeError, ValueError: a field of the wrong type or out of range, named with its value.
     """
 
+    n: int = 1
     temperature: float = 1.0
-    max_tokens: int | None = 64
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
+    max_tokens: int | None = 64
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    include_stop_str_in_output: bool = False
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    logits_processors: list[Callable] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
+    stop_strings: tuple[str, ...] = field(init=False, repr=False)
 
     def __post_init__(self):
+        check_int("n", self.n, 1)
         check_float("temperature", self.temperature, 0.0)
+        if check_float("top_p", self.top_p, 0.0, 1.0) == 0.0:
+            raise ValueError("top_p must be above 0 and at most 1, got 0.0; for greedy use temperature=0")
+        check_int("top_k", self.top_k, -1)
+        check_float("min_p", self.min_p, 0.0, 1.0)
+        check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if check_float("repetition_penalty", self.repetition_penalty, 0.0) == 0.0:
+            raise ValueError("repetition_penalty must be above 0 (1 is none), got 0.0")
+        if self.seed is not None:
+            check_int("seed", self.seed, -(2**63), 2**63 - 1)
         if self.max_tokens is not None:
             check_int("max_tokens", self.max_tokens, 1)
-        check_bool("ignore_eos", self.ignore_eos)
+        check_int("min_tokens", self.min_tokens, 0)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
+        for name in (
+            "ignore_eos", "include_stop_str_in_output", "detokenize", "skip_special_tokens",
+            "spaces_between_special_tokens",
+        ):  # fmt: skip
+            check_bool(name, getattr(self, name))
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            for token_id in check_list(name, getattr(self, name)):
+                check_int(f"{name} item", token_id, 0)
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise ValueError("allowed_token_ids is empty: nothing could be generated; leave it None to allow all")
+        for word in check_list("bad_words", self.bad_words):
+            if not isinstance(word, str) or not word:
+                raise ValueError(f"bad_words must be a list of non-empty strings, and contains {word!r}")
+        if self.logit_bias is not None and not isinstance(self.logit_bias, dict):
+            raise TypeError(f"logit_bias must be a dict of token id to number, got {self.logit_bias!r}")
+        for token_id, bias in (self.logit_bias or {}).items():
+            check_int("logit_bias key", token_id, 0)
+            check_float(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
+        for processor in check_list("logits_processors", self.logits_processors):
+            if not callable(processor):
+                raise TypeError(f"logits_processors must be a list of callables, and contains {processor!r}")
+        if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputsParams):
+            raise TypeError(f"structured_outputs must be StructuredOutputsParams, got {self.structured_outputs!r}")
+        stop = [self.stop] if isinstance(self.stop, str) else check_list("stop", self.stop)
+        for text in stop:
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"stop must be a non-empty string or a list of such, and contains {text!r}")
+        if stop and not self.detokenize:
+            raise ValueError(f"stop={self.stop!r} is found in the text, which detokenize=False leaves out")
+        object.__setattr__(self, "stop_strings", tuple(stop))
+
+    @property
+    def has_penalties(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether a draw depends on the tokens before it, so that they must be on the host."""
+        return bool(self.has_penalties or self.bad_words or self.logits_processors or self.structured_outputs)
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether the draw is from anything but softmax(logits / temperature)."""
+        return bool(
+            self.reads_tokens or self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
+            or self.min_tokens or self.logit_bias or self.allowed_token_ids
+        )  # fmt: skip
+
+
+def check_list(name: str, value: Any) -> list[Any]:
+    """`value` as a list, None as an empty one; raises TypeError for anything else."""
+    if value is None:
+        return []
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        raise TypeError(f"{name} must be a list, got {value!r} of type {type(value).__name__}")
+    return list(value)

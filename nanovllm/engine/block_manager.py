@@ -44,6 +44,12 @@ class BlockManager:
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(self.num_blocks))
         self._hash_to_block_id: dict[int, int] = {}
 
+    def reset_prefix_cache(self) -> None:
+        """Forget what every block caches; sequences that hold one keep it for themselves."""
+        self._hash_to_block_id = {}
+        for block in self.blocks:
+            block.uid, block.parent_uid, block.hash, block.token_ids = 0, 0, 0, []
+
     @property
     def num_free_blocks(self) -> int:
         """Blocks that no sequence holds, cached or not."""
@@ -124,6 +130,8 @@ class BlockManager:
         """The registered blocks that `seq` begins with; its last token is always left to compute."""
         hits: list[Block] = []
         parent_uid = 0
+        if seq.sampling_params.prompt_logprobs is not None:  # every prompt token has to be computed
+            return hits
         for i in range((seq.num_tokens - 1) // self.block_size):
             block = self._lookup(self._block_hash(seq, i), parent_uid, seq.block(i))
             if block is None:

@@ -22,40 +22,51 @@ class DecodeGraphs:
 
     def clear(self) -> None:
         """Forget all graphs: they have the cache's address baked in."""
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
-        self.loaded: dict[int, torch.Tensor] = {}  # the rows that a bucket's graph holds
+        # (bucket, whether it samples) -> graph, its rows, its outputs
+        self.graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor, tuple[torch.Tensor, ...]]] = {}
+        self.loaded: dict[tuple[int, bool], torch.Tensor] = {}  # the rows that a graph holds
         self.pool: Any = None  # shared by all graphs: only one replays at a time
 
-    def replay(self, rows: torch.Tensor) -> torch.Tensor:
-        """Run the decode step for permanent `rows` [B] int64 -> token ids [B] int64, valid until the next replay."""
+    def replay(self, rows: torch.Tensor, sample: bool = True) -> tuple[torch.Tensor, ...]:
+        """Run the decode step for permanent `rows` [B] int64; what it returns is valid until the next replay.
+
+        Returns the token ids [B] int64; without `sample`, which leaves the rows' state as it is, logits [B, vocab] and
+        the positions [B] int64 of the tokens that they follow.
+        """
         batch_size = rows.shape[0]
-        bucket = next(size for size in self.buckets if size >= batch_size)
-        if bucket not in self.graphs:
-            self.capture(bucket)
-        graph, static_rows, token_ids = self.graphs[bucket]
-        if self.loaded.get(bucket) is not rows:
+        key = next(size for size in self.buckets if size >= batch_size), sample
+        if key not in self.graphs:
+            self.capture(*key)
+        graph, static_rows, outputs = self.graphs[key]
+        if self.loaded.get(key) is not rows:
             static_rows[:batch_size].copy_(rows)
             static_rows[batch_size:].fill_(self.runner.state.padding_row)
-            self.loaded[bucket] = rows
+            self.loaded[key] = rows
         graph.replay()
-        return token_ids[:batch_size]
+        return tuple(output[:batch_size] for output in outputs)
 
-    def capture(self, bucket: int) -> None:
+    def capture(self, bucket: int, sample: bool = True) -> None:
         """Record the step for `bucket` rows; nothing of it is executed but a warm-up on padding rows."""
         rows = torch.full((bucket,), self.runner.state.padding_row, device=self.runner.device)
         max_context_len = self.runner.config.max_model_len
+
+        def step() -> tuple[torch.Tensor, ...]:
+            if sample:
+                return (self.runner.run_decode(rows, max_context_len),)
+            return self.runner.forward_decode(rows, max_context_len)
+
         # torch.cuda.graph() would collect garbage and empty the allocator's cache, 0.1 s each time.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):
-            self.runner.run_decode(rows, max_context_len)
+            step()
             stream.synchronize()
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
-                token_ids = self.runner.run_decode(rows, max_context_len)
+                outputs = step()
             finally:
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
         self.pool = graph.pool()
-        self.graphs[bucket] = graph, rows, token_ids
+        self.graphs[bucket, sample] = graph, rows, outputs

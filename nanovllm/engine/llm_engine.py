@@ -1,34 +1,38 @@
 """Requests in, outputs out: the loop of schedule, run and postprocess. The base class of `LLM`."""
 
 import logging
-import random
 import threading
+import time
 import weakref
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.model_runner import ModelRunner, PendingTokens
+from nanovllm.engine.request import Call, Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.outputs import RequestOutput
+from nanovllm.outputs import RequestOutput, StreamDelta
 from nanovllm.sampling_params import SamplingParams
 
 logger = logging.getLogger("nanovllm")
 
-Prompt = str | list[int]
+Prompt = str | list[int] | dict[str, Any]
 
 
 class LLMEngine:
     """An engine for one model; see `Config` for the keyword arguments.
 
     Also a context manager: leaving the block gives the memory back, as `close()`, `del` and the interpreter's exit do.
+    Threads may share it: each gets its own results.
     """
 
     def __init__(self, model: str, **kwargs: Any):
@@ -42,14 +46,16 @@ class LLMEngine:
         self.scheduler = Scheduler(
             config.max_num_seqs, config.max_num_batched_tokens, self.block_manager, config.eos_token_ids
         )
+        self.input_processor = InputProcessor(config, self.tokenizer, num_blocks)
         # How many steps may be launched beyond the one whose tokens are being read. A CPU step is over when launched.
         self.depth = 1 if config.device.type == "cuda" else 0
-        self._in_flight: deque[tuple[list[Sequence | None], PendingTokens]] = deque()
-        self._requests: dict[int, Sequence] = {}  # every unfinished request
-        self._unclaimed: list[tuple[int, list[int]]] = []  # finished during a generate() that did not ask for them
-        self._interrupted = False  # a step began and did not end
-        self._random = random.Random(config.seed)
+        self._in_flight: deque[tuple[list[Sequence], list[Sequence | None], PendingTokens, bool]] = deque()
+        self._requests: dict[int, Request] = {}  # every unfinished request
+        self._step_call = Call()  # of the requests that `add_request` queued and `step` reports
+        self._interrupted = False  # whoever changed the state above did not get to the end
         self._lock = threading.Lock()
+        self._busy_thread: int | None = None  # which holds the lock
+        self._aborts: deque[int] = deque()  # asked for in the middle of a step
         logger.info(
             "%s on %s in %s, attention by %s, cache of %d blocks (%d tokens), ready in %.2f s",
             config.hf_config.architectures[0], config.device, str(config.dtype).removeprefix("torch."),
@@ -63,187 +69,323 @@ class LLMEngine:
 
         Raises TypeError or ValueError for a prompt or parameters that cannot be served.
         """
-        seq = self._make_sequence(prompt, sampling_params or SamplingParams(), "prompt")
-        self._enqueue(seq)
-        return seq.seq_id
+        if sampling_params is None:
+            sampling_params = self.input_processor.default_params
+        request = self.input_processor.make_request(prompt, sampling_params)
+        self._enqueue([request], self._step_call)
+        return request.request_id
 
     def step(self) -> tuple[list[tuple[int, list[int]]], int]:
         """Schedule a batch, launch it, and take in the tokens of the step before.
 
-        Returns the finished requests as (request id, token ids) and the number of tokens computed.
+        Returns the finished requests as (request id, token ids), one for each completion, and the number of tokens
+        computed.
         """
-        outputs, self._unclaimed = self._unclaimed, []
-        finished, num_tokens = self._step()
-        return outputs + [(seq.seq_id, seq.completion_token_ids) for seq in finished], num_tokens
+        with self._exclusive():
+            num_tokens = self._step() if self._requests else 0
+            finished, self._step_call.finished = self._step_call.finished, []
+        return [
+            (request.request_id, seq.completion_token_ids) for request in finished for seq in request.seqs
+        ], num_tokens
 
     def is_finished(self) -> bool:
         """Whether every request is done and reported."""
-        return not self._requests and not self._unclaimed
+        return not self._requests and not self._step_call.finished
 
-    def _step(self) -> tuple[list[Sequence], int]:
-        if self._interrupted:
-            self._recover()
-        self._interrupted = True
+    def abort(self, request_id: int) -> None:
+        """End a request now, with what it has and `finish_reason` "abort"; harmless if it is finished or unknown."""
+        self._aborts.append(request_id)
+        # A user's callable may ask in the middle of a step, and so may the garbage collector, when it finds a stream
+        # that was left: then the step does it at its end.
+        if not self._is_within_step():
+            with self._exclusive():
+                self._abort_all()
+
+    def _is_within_step(self) -> bool:
+        """Whether whoever asks was called by a step of this engine."""
+        return self._lock.locked() and self._busy_thread == threading.get_ident()
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Alone with the state of the requests, which is put in order first if the last one here was interrupted."""
+        if self._is_within_step():
+            raise RuntimeError("the engine is in the middle of a step: it cannot be used from within one")
+        with self._lock:
+            try:
+                self._busy_thread = threading.get_ident()
+                if self._interrupted:
+                    self._recover()
+                self._interrupted = True
+                yield
+                self._interrupted = False
+            finally:
+                self._busy_thread = None
+
+    def _step(self) -> int:
+        """Returns the number of tokens launched. To be called within `_exclusive`."""
         seqs, is_prefill = self.scheduler.schedule()
+        num_tokens = 0
         if seqs:
-            token_ids = self.model_runner.call("run", seqs, is_prefill)
-            num_tokens = sum(seq.num_scheduled_tokens for seq in seqs) if is_prefill else len(seqs)
-            self._in_flight.append((self.scheduler.advance(seqs), token_ids))
-        else:
-            num_tokens = 0
-        finished: list[Sequence] = []
-        if len(self._in_flight) > (self.depth if seqs else 0):
-            rows, pending = self._in_flight.popleft()
-            finished = self.scheduler.postprocess(rows, pending.wait())
+            step = self.model_runner.call("run", seqs, is_prefill)
+            num_tokens = sum([seq.num_scheduled_tokens for seq in seqs])
+            self._in_flight.append((seqs, self.scheduler.advance(seqs), step, is_prefill))
+        # Draws that depend on the tokens before them leave nothing in flight.
+        self._drain(0 if not seqs or any([seq.reads_tokens for seq in seqs]) else self.depth)
+        if self._aborts:
+            self._abort_all()
+        return num_tokens
+
+    def _drain(self, depth: int = 0) -> None:
+        """Take in the tokens of all steps in flight but the last `depth`."""
+        while len(self._in_flight) > depth:
+            self._postprocess(*self._in_flight.popleft())
+
+    def _abort_all(self) -> None:
+        """End the requests whose ids are in `_aborts`."""
+        self._drain()
+        while self._aborts:
+            request = self._requests.get(self._aborts[0])
+            for seq in request.seqs if request is not None else ():
+                if not seq.is_finished:
+                    self.scheduler.finish(seq, "abort")
+                    self._finish(seq)
+            self._aborts.popleft()
+
+    def _postprocess(
+        self, seqs: list[Sequence], sampling: list[Sequence | None], step: PendingTokens, is_prefill: bool
+    ) -> None:
+        """Take in the tokens of a launched step; `sampling`: what `advance` said of its rows."""
+        token_ids = step.wait()
+        if is_prefill:
+            for seq in sampling:
+                if seq is not None and seq.request.metrics.first_token_time is None:
+                    seq.request.metrics.first_token_time = time.time()
+        if step.logprobs is not None:
+            for row, entry in zip(step.logprobs[0], step.logprobs[1].tolist()):
+                if sampling[row] is not None and not seqs[row].is_finished:
+                    seqs[row].logprobs.append(entry)
+        for row, first, run in step.prompt_logprobs:
+            seqs[row].prompt_logprobs.update(enumerate(run.tolist(), first))
+        watched = [
+            row for row, seq in enumerate(sampling) if seq is not None and seq.is_watched and not seq.is_finished
+        ]
+        finished = self.scheduler.postprocess(sampling, token_ids)
+        for row in watched:
+            seq = seqs[row]
+            if seq.finish_reason == "error":
+                continue
+            if seq.detokenizer is not None and seq.detokenizer.follow(seq.token_ids, seq.num_prompt_tokens):
+                seq.stop_reason = seq.detokenizer.stopped_by
+                finished += self._stop(seq)
+            elif seq.grammar is not None and seq.grammar.is_finished(seq.completion_token_ids):
+                finished += self._stop(seq)
+            if not seq.is_finished:
+                seq.request.emit(seq)
         for seq in finished:
-            del self._requests[seq.seq_id]
+            self._finish(seq)
+
+    def _stop(self, seq: Sequence) -> list[Sequence]:
+        """End `seq` for what its text says; the list of it, if the scheduler had not ended it already."""
+        if seq.is_finished:
+            seq.finish_reason = "stop"
+            return []
+        self.scheduler.finish(seq, "stop")
+        return [seq]
+
+    def _finish(self, seq: Sequence) -> None:
+        """`seq` has ended; if it is the last of its request, so has that."""
+        request = seq.request
+        if seq.detokenizer is not None:
+            seq.detokenizer.finish(seq.completion_token_ids)
+        request.emit(seq)
+        if request.is_finished:
+            self._report(request)
+
+    def _report(self, request: Request) -> None:
+        """Hand a finished request to whoever waits for it. An interrupted one is done again, hence the order."""
+        call = request.call
+        request.metrics.finished_time = time.time()
+        if request not in call.finished:
+            call.finished.append(request)
+        call.unfinished.discard(request.request_id)
+        self._requests.pop(request.request_id, None)
+
+    def _recover(self) -> None:
+        """After an interruption anywhere: let the device finish, then start the surviving requests over."""
+        while self._in_flight:
+            self._in_flight.popleft()[2].wait()
+        survivors = []
+        for request in list(self._requests.values()):
+            for seq in request.seqs:
+                if not seq.is_finished and len(seq.token_ids) > seq.num_prompt_tokens and (end := seq.end_reason()):
+                    seq.finish(end)
+                if seq.is_finished:  # but perhaps nobody was told
+                    self._finish(seq)
+                else:
+                    if seq.detokenizer is not None:
+                        seq.detokenizer.reset()
+                    del seq.logprobs[len(seq.token_ids) - seq.num_prompt_tokens :]
+                    survivors.append(seq)
+        self.scheduler.reset(survivors)
         self._interrupted = False
-        return finished, num_tokens
+
+    def _enqueue(self, requests: list[Request], call: Call, stream: bool = False) -> None:
+        if self._is_within_step():
+            raise RuntimeError("the engine is in the middle of a step: it cannot be used from within one")
+        try:
+            with self._lock:
+                for request in requests:
+                    request.call = call
+                    call.unfinished.add(request.request_id)
+                    request.start(stream)
+                    self._requests[request.request_id] = request
+                    for seq in request.seqs:
+                        self.scheduler.add(seq)
+        except BaseException:
+            self._drop(requests)
+            raise
+
+    def _drop(self, requests: list[Request]) -> None:
+        """Take a failed or abandoned call's requests out, whatever state they are in."""
+        for request in requests:
+            self._requests.pop(request.request_id, None)
+        if not self._is_within_step():
+            with self._lock:
+                self._interrupted = True
+            with self._exclusive():  # which recovers
+                pass
 
     # ---- many requests ----
 
     def generate(
         self,
-        prompts: Prompt | list[str] | list[list[int]],
+        prompts: Prompt | list[str] | list[list[int]] | list[dict[str, Any]],
         sampling_params: SamplingParams | list[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Complete every prompt; the outputs come in the order of the prompts.
 
         Args:
-            prompts: one text, a list of texts, or a list of lists of token ids (also mixed).
-            sampling_params: one for all, or one for each prompt.
+            prompts: a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}; or a list of these.
+            sampling_params: one for all, or one for each prompt; None takes what the checkpoint recommends.
             use_tqdm: show progress.
 
         Raises:
             TypeError, ValueError: a bad argument; nothing has been queued then.
             Whatever interrupts the loop, Ctrl-C included: it propagates, and this call's requests are gone.
         """
-        seqs = self._make_sequences(prompts, sampling_params)
-        texts: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
-        outputs: dict[int, RequestOutput] = {}
-        own = {seq.seq_id: text if isinstance(text, str) else None for seq, text in zip(seqs, texts, strict=True)}
-        progress = tqdm(total=len(seqs), desc="Generating", unit="req", dynamic_ncols=True, disable=not use_tqdm)
-        start, num_computed = perf_counter(), 0
+        requests = self.input_processor.make_requests(prompts, sampling_params)
+        return self._run(requests, use_tqdm)
+
+    def chat(
+        self,
+        messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """`generate` for one conversation or a list of them, put into words by the model's chat template.
+
+        `tools` and `chat_template_kwargs` are passed to the template. Raises ValueError if the tokenizer has no template
+        and none is given.
+        """
+        prompts: list[Any] = self.input_processor.apply_chat_template(
+            messages,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            **(chat_template_kwargs or {}),
+        )
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def stream(
+        self, prompts: Any, sampling_params: SamplingParams | list[SamplingParams] | None = None
+    ) -> Iterator[StreamDelta]:
+        """Complete one or several prompts and yield what is new as it comes, for scripts and notebook cells.
+
+        The deltas of a completion add up to the text that `generate` returns. Leaving the loop early aborts the requests.
+        The arguments are checked at once, not at the first delta.
+        """
+        requests = self.input_processor.make_requests(prompts, sampling_params)
+        return self._stream(requests)
+
+    def _stream(self, requests: list[Request]) -> Iterator[StreamDelta]:
+        call = Call()
         try:
-            for seq in seqs:
-                self._enqueue(seq)
-            while len(outputs) < len(own):
-                finished, num_tokens = self._step()
-                num_computed += num_tokens
-                for seq in finished:
-                    if seq.seq_id in own:
-                        # Now, while the device computes the next step, and not all at the end.
-                        outputs[seq.seq_id] = self._output(seq, own[seq.seq_id])
-                        progress.update()
-                    else:
-                        self._unclaimed.append((seq.seq_id, seq.completion_token_ids))
-                if finished and use_tqdm:
-                    progress.set_postfix_str(f"{num_computed / (perf_counter() - start):.0f} tok/s")
+            self._enqueue(requests, call, stream=True)
+            while True:
+                for request in requests:
+                    deltas, request.deltas = request.deltas or [], []
+                    yield from (delta for delta in deltas if delta.text or delta.token_ids or delta.finish_reason)
+                if not call.unfinished:
+                    return
+                with self._exclusive():
+                    if call.unfinished:
+                        self._step()
+        except GeneratorExit:
+            for request in requests:
+                self.abort(request.request_id)
         except BaseException:
-            for seq in seqs:
-                self._requests.pop(seq.seq_id, None)
-            self._recover()
+            self._drop(requests)
+            raise
+
+    def _run(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
+        call, outputs = Call(), {}
+        progress = tqdm(total=len(requests), desc="Generating", unit="req", dynamic_ncols=True, disable=not use_tqdm)
+        start, num_prompt, num_output = perf_counter(), 0, 0
+        try:
+            self._enqueue(requests, call)
+            while call.unfinished:
+                with self._exclusive():
+                    if call.unfinished:  # another thread's step may have finished the last
+                        self._step()
+                # Texts are made here, while the device computes the next step, and not all at the end.
+                finished, call.finished = call.finished, []
+                for request in finished:
+                    outputs[request.request_id] = request.output()
+                    num_prompt += len(request.prompt_token_ids)
+                    num_output += sum(len(seq.completion_token_ids) for seq in request.seqs)
+                    progress.update()
+                if finished and use_tqdm:
+                    elapsed = perf_counter() - start
+                    progress.set_postfix_str(
+                        f"{num_prompt / elapsed:.0f} prompt + {num_output / elapsed:.0f} output tok/s"
+                    )
+        except BaseException:
+            self._drop(requests)
             raise
         finally:
             progress.close()
-        return [outputs[seq_id] for seq_id in own]
+        for request in call.finished:
+            outputs[request.request_id] = request.output()
+        return [outputs[request.request_id] for request in requests]
 
-    def _output(self, seq: Sequence, prompt: str | None) -> RequestOutput:
-        token_ids = seq.completion_token_ids
-        return RequestOutput(
-            request_id=seq.seq_id,
-            prompt=prompt,
-            prompt_token_ids=seq.prompt_token_ids,
-            text=self.tokenizer.decode(token_ids, skip_special_tokens=True),
-            token_ids=token_ids,
-            finish_reason=seq.finish_reason or "",
-        )
+    # ---- everything else ----
 
-    def _recover(self) -> None:
-        """After an interruption anywhere: let the device finish, then start the surviving requests over."""
-        while self._in_flight:
-            self._in_flight.popleft()[1].wait()
-        self.scheduler.reset(self._requests.values())
-        self._interrupted = False
+    def get_tokenizer(self) -> Any:
+        return self.tokenizer
 
-    # ---- what users pass in ----
+    def reset_prefix_cache(self) -> None:
+        """Forget cached prefixes; running requests go on."""
+        with self._exclusive():
+            self._drain()
+            self.block_manager.reset_prefix_cache()
 
-    def _make_sequences(self, prompts: Any, sampling_params: Any) -> list[Sequence]:
-        """Check a whole call before anything of it is queued."""
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        if not isinstance(prompts, (list, tuple)):
-            raise TypeError(f"prompts must be a string or a list, got {type(prompts).__name__}")
-        if prompts and all(isinstance(prompt, int) for prompt in prompts):
-            raise TypeError("prompts is a list of integers: to pass one prompt as token ids, wrap it in a list")
-        if sampling_params is None:
-            sampling_params = SamplingParams()
-        if isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params] * len(prompts)
-        if not isinstance(sampling_params, (list, tuple)):
-            raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}")
-        if len(sampling_params) != len(prompts):
-            raise ValueError(
-                f"prompts and sampling_params differ in length: {len(prompts)} and {len(sampling_params)}; "
-                "pass one SamplingParams for all, or one for each prompt"
-            )
-        return [
-            self._make_sequence(prompt, params, f"prompts[{i}]")
-            for i, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True))
-        ]
-
-    def _make_sequence(self, prompt: Any, params: Any, name: str) -> Sequence:
-        config, block_size = self.config, self.config.kvcache_block_size
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"sampling_params must be SamplingParams, got {params!r} of type {type(params).__name__}")
-        token_ids = self._token_ids(prompt, name)
-        if len(token_ids) >= config.max_model_len:
-            raise ValueError(
-                f"{name} has {len(token_ids)} tokens, and max_model_len={config.max_model_len} leaves no room "
-                "for an answer: shorten it or raise max_model_len"
-            )
-        # The last token's KV is never read, so a request of n tokens in all holds n - 1 in the cache.
-        pool_tokens = self.block_manager.num_blocks * block_size
-        if params.max_tokens is None:
-            num_tokens = min(config.max_model_len, pool_tokens + 1)
-        else:
-            num_tokens = min(config.max_model_len, len(token_ids) + params.max_tokens)
-        if max(num_tokens - 1, len(token_ids)) > pool_tokens:
-            raise ValueError(
-                f"{name} has {len(token_ids)} tokens and max_tokens={params.max_tokens}: it needs "
-                f"{-(-max(num_tokens - 1, len(token_ids)) // block_size)} blocks of KV cache and there are "
-                f"{self.block_manager.num_blocks}: lower max_tokens, or raise num_kvcache_blocks"
-            )
-        return Sequence(token_ids, params, num_tokens, block_size, self._random.getrandbits(63))
-
-    def _token_ids(self, prompt: Any, name: str) -> list[int]:
-        if isinstance(prompt, str):
-            token_ids = self.tokenizer.encode(prompt)
-        elif isinstance(prompt, (list, tuple)):
-            token_ids = list(prompt)
-        else:
-            raise TypeError(f"{name} must be a string or a list of token ids, got {type(prompt).__name__}")
-        if not token_ids:
-            raise ValueError(f"{name} is empty: a prompt needs at least one token")
-        wrong = {kind for kind in set(map(type, token_ids)) if kind is bool or not issubclass(kind, (int, np.integer))}
-        if wrong:
-            value = next(x for x in token_ids if type(x) in wrong)
-            raise TypeError(f"{name} must be a string or a list of integer token ids, and contains {value!r}")
-        ids = np.array(token_ids)
-        vocab_size = self.config.hf_config.vocab_size
-        if ids.min() < 0 or ids.max() >= vocab_size:
-            wrong_id = next(x for x in token_ids if not 0 <= x < vocab_size)
-            raise ValueError(
-                f"{name} contains {wrong_id}, no token id of this model: they go from 0 to {vocab_size - 1}"
-            )
-        return ids.tolist()
-
-    def _enqueue(self, seq: Sequence) -> None:
-        self._requests[seq.seq_id] = seq
-        self.scheduler.add(seq)
-
-    # ---- the end ----
+    def stats(self) -> dict[str, int]:
+        """Counters of this moment: requests, cache blocks, and preemptions since the start."""
+        return {
+            "num_waiting": len(self.scheduler.waiting),
+            "num_running": len(self.scheduler.running),
+            "num_free_blocks": self.block_manager.num_free_blocks,
+            "num_blocks": self.block_manager.num_blocks,
+            "num_preemptions": self.scheduler.num_preemptions,
+        }
 
     def exit(self) -> None:
         """Give back memory and processes; harmless when repeated. The engine cannot be used afterwards."""

@@ -13,12 +13,19 @@ import torch
 
 from nanovllm.attention import load_backend
 from nanovllm.config import Config, head_dim
-from nanovllm.engine.batch import DecodeBatch, PrefillBatch, RequestState, prepare_decode, prepare_prefill
+from nanovllm.engine.batch import (
+    DecodeBatch,
+    PrefillBatch,
+    RequestState,
+    prepare_decode,
+    prepare_prefill,
+    prepare_sample,
+)
 from nanovllm.engine.cuda_graph import DecodeGraphs
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels.request_state import advance_rows, gather_rows
 from nanovllm.layers.attention import Attention
-from nanovllm.layers.sampler import Sampler
+from nanovllm.layers.sampler import LogprobsTensors, Sampler, compute_logprobs
 from nanovllm.models import get_model_class
 from nanovllm.utils.context import Context, set_context
 from nanovllm.utils.distributed import TensorParallel
@@ -26,20 +33,33 @@ from nanovllm.utils.loader import load_model
 
 logger = logging.getLogger("nanovllm")
 
+PROMPT_LOGPROBS_CHUNK = 512  # positions whose logits exist at once
 CPU_CACHE_SHARE = 0.25  # of the RAM that is free when the engine starts
 
 
 class PendingTokens:
-    """The tokens of a launched step, [B], on their way to the host."""
+    """The tokens of a launched step, [B], and the log probabilities some rows asked for, on their way to the host."""
 
-    def __init__(self, token_ids: torch.Tensor):
+    def __init__(
+        self,
+        token_ids: torch.Tensor,
+        logprobs: tuple[list[int], LogprobsTensors] | None = None,
+        prompt_logprobs: list[tuple[int, int, LogprobsTensors]] | None = None,
+    ):
+        """logprobs: the rows of the batch and their tokens'; prompt_logprobs: row, first position and its run's."""
         self.event = None
-        self.token_ids = token_ids
+        self.token_ids = self._to_host(token_ids)
+        self.logprobs = logprobs and (logprobs[0], logprobs[1].map(self._to_host))
+        self.prompt_logprobs = [(row, first, run.map(self._to_host)) for row, first, run in prompt_logprobs or ()]
         if token_ids.is_cuda:
-            self.token_ids = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
-            self.token_ids.copy_(token_ids, non_blocking=True)
             self.event = torch.cuda.Event()
             self.event.record()
+
+    @staticmethod
+    def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_cuda:
+            return tensor
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
     def wait(self) -> list[int]:
         if self.event is not None:
@@ -79,13 +99,17 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, seqs: list[Sequence], is_prefill: bool) -> PendingTokens:
         """Launch one step; every row gets a token (in the middle of a prompt it means nothing)."""
+        is_plain = all([seq.is_plain for seq in seqs])
         if is_prefill:
-            return PendingTokens(self.run_prefill(self.prepare_prefill(seqs)))
-        batch = self.last_decode = self.prepare_decode(seqs)
-        self.state.write_blocks(batch.block_updates)
+            prefill = self.prepare_prefill(seqs)
+            return PendingTokens(self.run_prefill(prefill)) if is_plain else self.run_prefill_adjusted(seqs, prefill)
+        decode = self.last_decode = self.prepare_decode(seqs)
+        self.state.write_blocks(decode.block_updates)
+        if not is_plain:
+            return self.run_decode_adjusted(seqs, decode)
         if self.graphs is not None:
-            return PendingTokens(self.graphs.replay(batch.rows))
-        return PendingTokens(self.run_decode(batch.rows, batch.max_context_len))
+            return PendingTokens(self.graphs.replay(decode.rows)[0])
+        return PendingTokens(self.run_decode(decode.rows, decode.max_context_len))
 
     def prepare_prefill(self, seqs: list[Sequence]) -> PrefillBatch:
         return prepare_prefill(seqs, self.device)
@@ -95,6 +119,43 @@ class ModelRunner:
 
     def run_prefill(self, batch: PrefillBatch) -> torch.Tensor:
         """Launch a step with prompts in it -> token ids [B] int64 on the device."""
+        logits, _ = self.forward_prefill(batch)
+        token_ids = self.sampler(logits, batch.temperatures, batch.seeds, batch.context_lens)
+        self.state.last_token[batch.rows] = token_ids
+        return token_ids
+
+    def run_decode(self, rows: torch.Tensor, max_context_len: int) -> torch.Tensor:
+        """The decode step of permanent `rows` [B] int64 -> token ids [B] int64; all on the device, to be captured."""
+        state = self.state
+        logits, positions = self.forward_decode(rows, max_context_len)
+        token_ids = self.sampler(logits, state.temperatures[rows], state.seeds[rows], positions + 1)
+        advance_rows(rows, positions, token_ids, state.last_token, state.num_cached_tokens)
+        return token_ids
+
+    def run_prefill_adjusted(self, seqs: list[Sequence], batch: PrefillBatch) -> PendingTokens:
+        """`run_prefill` where some row asks for more than a temperature."""
+        logits, hidden_states = self.forward_prefill(batch)
+        adjustments = prepare_sample(seqs, logits.shape[1], self.device)
+        token_ids = self.sampler(logits, batch.temperatures, batch.seeds, batch.context_lens, adjustments)
+        self.state.last_token[batch.rows] = token_ids
+        return PendingTokens(
+            token_ids, sampled_logprobs(seqs, logits, token_ids), self.prompt_logprobs(seqs, hidden_states)
+        )
+
+    def run_decode_adjusted(self, seqs: list[Sequence], batch: DecodeBatch) -> PendingTokens:
+        """`run_decode` where some row asks for more: the forward may be a graph, the sampling is not."""
+        state, rows = self.state, batch.rows
+        if self.graphs is not None:
+            logits, positions = self.graphs.replay(rows, sample=False)
+        else:
+            logits, positions = self.forward_decode(rows, batch.max_context_len)
+        adjustments = prepare_sample(seqs, logits.shape[1], self.device)
+        token_ids = self.sampler(logits, state.temperatures[rows], state.seeds[rows], positions + 1, adjustments)
+        advance_rows(rows, positions, token_ids, state.last_token, state.num_cached_tokens)
+        return PendingTokens(token_ids, sampled_logprobs(seqs, logits, token_ids))
+
+    def forward_prefill(self, batch: PrefillBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> logits [B, vocab] and hidden states [T, hidden]; the rows' state is set up for what follows."""
         state, rows = self.state, batch.rows
         state.write_blocks(batch.block_updates)
         state.temperatures[rows] = batch.temperatures
@@ -111,15 +172,12 @@ class ModelRunner:
             max_context_len=batch.max_context_len,
             cu_seqlens_q=batch.cu_seqlens_q.int(),
             max_seqlen_q=batch.max_seqlen_q,
-            last_token_indices=batch.cu_seqlens_q[1:] - 1,
         )
-        logits = self.run_model(batch.input_ids, batch.positions, context)
-        token_ids = self.sampler(logits, batch.temperatures, batch.seeds, batch.context_lens)
-        state.last_token[rows] = token_ids
-        return token_ids
+        hidden_states = self.run_model(batch.input_ids, batch.positions, context)
+        return self.model.compute_logits(hidden_states[batch.cu_seqlens_q[1:] - 1]), hidden_states
 
-    def run_decode(self, rows: torch.Tensor, max_context_len: int) -> torch.Tensor:
-        """The decode step of permanent `rows` [B] int64 -> token ids [B] int64; all on the device, to be captured."""
+    def forward_decode(self, rows: torch.Tensor, max_context_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> logits [B, vocab] and the positions [B] int64 of the tokens they follow."""
         state = self.state
         input_ids, positions, slot_mapping, context_lens, block_tables = gather_rows(
             rows, state.last_token, state.num_cached_tokens, state.block_tables, self.block_size
@@ -132,19 +190,31 @@ class ModelRunner:
             context_lens=context_lens,
             max_context_len=max_context_len,
         )
-        logits = self.run_model(input_ids, positions, context)
-        token_ids = self.sampler(logits, state.temperatures[rows], state.seeds[rows], positions + 1)
-        advance_rows(rows, positions, token_ids, state.last_token, state.num_cached_tokens)
-        return token_ids
+        return self.model.compute_logits(self.run_model(input_ids, positions, context)), positions
 
     def run_model(self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context) -> torch.Tensor:
-        """input_ids, positions [T] int64 -> logits [B, vocab] of each row's last token."""
+        """input_ids, positions [T] int64 -> hidden states [T, hidden]."""
         with set_context(context):
             self.backend.prepare(context)
-            hidden_states = self.model(input_ids, positions)
-            if context.last_token_indices is not None:
-                hidden_states = hidden_states[context.last_token_indices]
-            return self.model.compute_logits(hidden_states)
+            return self.model(input_ids, positions)
+
+    def prompt_logprobs(
+        self, seqs: list[Sequence], hidden_states: torch.Tensor
+    ) -> list[tuple[int, int, LogprobsTensors]]:
+        """For the rows that ask: row, the position of the first token, and the run's log probabilities."""
+        runs, begin = [], 0
+        for row, seq in enumerate(seqs):
+            count, k = seq.num_scheduled_tokens, seq.sampling_params.prompt_logprobs
+            if k is not None:
+                first = seq.num_cached_tokens + 1  # the token that the run's first hidden state predicts
+                last = min(first + count, seq.num_prompt_tokens)
+                for start in range(first, last, PROMPT_LOGPROBS_CHUNK):
+                    stop = min(start + PROMPT_LOGPROBS_CHUNK, last)
+                    logits = self.model.compute_logits(hidden_states[begin + start - first : begin + stop - first])
+                    token_ids = torch.tensor(seq.token_ids[start:stop], device=self.device)
+                    runs.append((row, start, compute_logprobs(logits, token_ids, k)))
+            begin += count
+        return runs
 
     # ---- memory ----
 
@@ -243,6 +313,18 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
+
+
+def sampled_logprobs(
+    seqs: list[Sequence], logits: torch.Tensor, token_ids: torch.Tensor
+) -> tuple[list[int], LogprobsTensors] | None:
+    """For the rows that ask: their numbers, and their sampled tokens' log probabilities."""
+    rows = [row for row, seq in enumerate(seqs) if seq.sampling_params.logprobs is not None]
+    if not rows:
+        return None
+    k = max(seqs[row].sampling_params.logprobs or 0 for row in rows)
+    index = torch.tensor(rows, device=logits.device)
+    return rows, compute_logprobs(logits[index], token_ids[index], k)
 
 
 def build_model(model_class: type, config: Config, tp: TensorParallel) -> Any:

@@ -44,7 +44,8 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def add(self, seq: Sequence) -> None:
-        seq.eos = frozenset() if seq.sampling_params.ignore_eos else self.eos
+        params = seq.sampling_params
+        seq.stop_ids = (frozenset() if params.ignore_eos else self.eos) | frozenset(params.stop_token_ids or ())
         self.waiting.append(seq)
 
     def schedule(self) -> tuple[list[Sequence], bool]:
@@ -94,8 +95,12 @@ class Scheduler:
         for seq, token_id in zip(seqs, token_ids, strict=True):
             if seq is None or seq.status is FINISHED:  # a chunk, or a row launched before its sequence's end was known
                 continue
+            if token_id < 0:  # the row's logits had no finite maximum
+                self.finish(seq, "error")
+                finished.append(seq)
+                continue
             seq.token_ids.append(token_id)
-            if token_id in seq.eos:
+            if token_id in seq.stop_ids:
                 self._observe_completion(seq)
                 self.finish(seq, "stop")
                 finished.append(seq)
@@ -112,9 +117,7 @@ class Scheduler:
             self.running.remove(seq)
         else:
             self.waiting.remove(seq)
-        seq.num_tokens = len(seq.token_ids)
-        seq.status = SequenceStatus.FINISHED
-        seq.finish_reason = reason
+        seq.finish(reason)
 
     def preempt(self, seq: Sequence) -> None:
         """Send a running sequence back to the front of the queue; its KV is recomputed, or found in the cache."""

@@ -2,6 +2,7 @@
 
 from enum import Enum, auto
 from itertools import count
+from typing import Any
 
 from nanovllm.sampling_params import SamplingParams
 
@@ -23,12 +24,27 @@ class Sequence:
     _ids = count()
 
     def __init__(
-        self, token_ids: list[int], sampling_params: SamplingParams, max_num_tokens: int, block_size: int, seed: int = 0
+        self,
+        token_ids: list[int],
+        sampling_params: SamplingParams,
+        max_num_tokens: int,
+        block_size: int,
+        seed: int = 0,
+        index: int = 0,
     ):
         self.seq_id = next(Sequence._ids)
         self.status = SequenceStatus.WAITING
         self.sampling_params = sampling_params
+        self.reads_tokens = sampling_params.reads_tokens
+        self.is_watched = False  # the engine looks at every token: a stop string, a stream or a grammar
+        # Whether its draws are from softmax(logits / temperature) and nothing else is asked for.
+        self.is_plain = not (
+            sampling_params.adjusts_logits
+            or sampling_params.logprobs is not None
+            or sampling_params.prompt_logprobs is not None
+        )
         self.block_size = block_size  # tokens
+        self.index = index  # among the completions of its request
         self.seed = seed  # of the sampling noise, 64 bits signed
         self.token_ids = list(token_ids)
         self.num_tokens = self.num_prompt_tokens = len(token_ids)
@@ -37,7 +53,7 @@ class Sequence:
         self.num_scheduled_tokens = 0
         self.block_table: list[int] = []
         self.num_slots = 0  # tokens that the blocks of block_table can hold
-        self.eos: frozenset[int] = frozenset()  # ids that end the completion
+        self.stop_ids: frozenset[int] = frozenset()  # ids that end the completion
         self.block_hashes: list[int] = []  # of the full blocks hashed so far; they survive preemption
         self.num_hashed_blocks = 0  # leading entries of block_table that the block manager has registered
         self.parent_uid = 0  # identity of the last registered block, 0 for none
@@ -47,6 +63,13 @@ class Sequence:
         self.num_preemptions = 0
         self.num_prefix_cached_tokens = 0  # prompt tokens found in the cache at (the latest) admission
         self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        # What only some requests have; made and read by the engine.
+        self.request: Any = None
+        self.detokenizer: Any = None
+        self.grammar: Any = None
+        self.logprobs: list[Any] = []  # of the completion's tokens
+        self.prompt_logprobs: dict[int, Any] = {}  # by position
 
     def __len__(self) -> int:
         return self.num_tokens
@@ -96,6 +119,19 @@ class Sequence:
     def append_token(self, token_id: int) -> None:
         """Take in the id of a token that `num_tokens` already counts."""
         self.token_ids.append(token_id)
+
+    def end_reason(self) -> str | None:
+        """Why the newest token is the last, if it is; the scheduler checks the same in `postprocess`."""
+        if self.last_token in self.stop_ids:
+            return "stop"
+        return "length" if len(self.token_ids) >= self.max_num_tokens else None
+
+    def finish(self, reason: str) -> None:
+        self.num_tokens = len(self.token_ids)
+        self.status = SequenceStatus.FINISHED
+        self.finish_reason = reason
+        if reason == "stop" and self.last_token in (self.sampling_params.stop_token_ids or ()):
+            self.stop_reason = self.last_token
 
     def rewind(self) -> None:
         """Back to the waiting queue with nothing computed and no unread token; the ids read so far are kept."""

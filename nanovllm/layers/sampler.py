@@ -1,14 +1,134 @@
-"""Logits to one token a row."""
+"""Logits to one token a row. Rows that ask for more than a temperature have their logits adjusted first.
+
+The order is vLLM's: allowed -> bad words -> min_tokens -> bias -> penalties -> temperature -> min-p -> top-k -> top-p ->
+draw. Everything before the temperature changes logits; the filters after it only take tokens out.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from nanovllm.kernels.sampling import gumbel_argmax
+from nanovllm.kernels.sampling import GREEDY_BELOW, gumbel_argmax
+
+NEG_INF = float("-inf")
+
+
+@dataclass(slots=True)
+class LogitsAdjustments:
+    """What `n` of a batch's rows ask for; device tensors, index pairs as [2, m] int64 of (row among the n, token id)."""
+
+    rows: torch.Tensor  # [n] int64, rows of the batch
+    temperatures: torch.Tensor  # [n] float32
+    top_k: torch.Tensor | None = None  # [n] int64, the vocabulary's size for none
+    top_p: torch.Tensor | None = None  # [n] float32
+    min_p: torch.Tensor | None = None  # [n] float32
+    allowed: torch.Tensor | None = None  # [n, vocab] bool, from allowed_token_ids and grammars
+    banned: torch.Tensor | None = None  # pairs: bad words about to be completed, ends before min_tokens
+    bias: tuple[torch.Tensor, torch.Tensor] | None = None  # pairs, [m] float32
+    processors: list[tuple[int, Callable[[torch.Tensor], torch.Tensor]]] | None = None  # (row among the n, function)
+    output_tokens: torch.Tensor | None = None  # pairs, one for each token generated
+    prompt_tokens: torch.Tensor | None = None  # pairs
+    penalties: torch.Tensor | None = None  # [3, n, 1] float32: presence, frequency, repetition
 
 
 class Sampler(nn.Module):
     def forward(
-        self, logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
+        self,
+        logits: torch.Tensor,
+        temperatures: torch.Tensor,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+        adjustments: LogitsAdjustments | None = None,
     ) -> torch.Tensor:
         """logits [B, vocab]; temperatures [B] float32; seeds, positions [B] int64 -> token ids [B] int64."""
+        if adjustments is not None:
+            rows = adjustments.rows
+            # Not in place: log probabilities are of the logits as they were.
+            logits = logits.float().index_copy(0, rows, adjust_logits(logits[rows].float(), adjustments))
         return gumbel_argmax(logits, temperatures, seeds, positions)
+
+
+def adjust_logits(logits: torch.Tensor, a: LogitsAdjustments) -> torch.Tensor:
+    """logits [n, vocab] float32 -> the same, still to be divided by the temperature, with what may not be drawn at -inf."""
+    if a.allowed is not None:
+        logits = logits.masked_fill(~a.allowed, NEG_INF)
+    if a.banned is not None:
+        logits[a.banned[0], a.banned[1]] = NEG_INF
+    if a.bias is not None:
+        (rows, token_ids), values = a.bias
+        logits.index_put_((rows, token_ids), values, accumulate=True)
+    for row, processor in a.processors or ():
+        logits[row] = processor(logits[row])
+    if a.penalties is not None:
+        logits = penalize(logits, a)
+    scaled = logits / torch.where(a.temperatures < GREEDY_BELOW, 1.0, a.temperatures)[:, None]
+    if a.min_p is not None:
+        scaled = filter_min_p(scaled, a.min_p)
+    if a.top_k is not None or a.top_p is not None:
+        scaled = filter_top_k_top_p(scaled, a.top_k, a.top_p)
+    return logits.masked_fill(scaled == NEG_INF, NEG_INF)
+
+
+def penalize(logits: torch.Tensor, a: LogitsAdjustments) -> torch.Tensor:
+    """Presence, frequency (both on the output alone) and repetition (prompt and output) penalties."""
+    presence, frequency, repetition = a.penalties  # type: ignore[misc]
+    counts = count_tokens(logits, a.output_tokens)
+    seen = (counts > 0) | (count_tokens(logits, a.prompt_tokens) > 0)
+    logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
+    return logits - frequency * counts - presence * (counts > 0)
+
+
+def count_tokens(logits: torch.Tensor, pairs: torch.Tensor | None) -> torch.Tensor:
+    """How often each token occurs in each row's pairs, in the shape of logits."""
+    counts = torch.zeros_like(logits)
+    if pairs is not None:
+        ones = torch.ones(pairs.shape[1], dtype=logits.dtype, device=logits.device)
+        counts.index_put_((pairs[0], pairs[1]), ones, accumulate=True)
+    return counts
+
+
+def filter_min_p(logits: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+    """Take out tokens whose probability is below min_p [n] times the largest."""
+    threshold = logits.amax(-1, keepdim=True) + min_p.log()[:, None]
+    return logits.masked_fill(logits < threshold, NEG_INF)
+
+
+def filter_top_k_top_p(logits: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Tensor | None) -> torch.Tensor:
+    """Keep the top_k [n] largest logits (and what equals the last of them), then of these the fewest whose
+    probabilities reach top_p [n]; at least one token stays."""
+    ascending, order = logits.sort(-1)
+    if top_k is not None:
+        smallest_kept = ascending.gather(1, (logits.shape[1] - top_k)[:, None])
+        ascending = ascending.masked_fill(ascending < smallest_kept, NEG_INF)
+    if top_p is not None:
+        below = ascending.softmax(-1).cumsum(-1) <= 1 - top_p[:, None]
+        below[:, -1] = False
+        ascending = ascending.masked_fill(below & (top_p < 1.0)[:, None], NEG_INF)
+    return torch.empty_like(logits).scatter_(1, order, ascending)
+
+
+@dataclass(slots=True)
+class LogprobsTensors:
+    """Log probabilities of m chosen tokens and of the k likeliest in their places."""
+
+    chosen: torch.Tensor  # [m] float32
+    ranks: torch.Tensor  # [m] int64, from 1
+    top: torch.Tensor  # [m, k] float32
+    top_ids: torch.Tensor  # [m, k] int64
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "LogprobsTensors":
+        return LogprobsTensors(*map(function, (self.chosen, self.ranks, self.top, self.top_ids)))
+
+    def tolist(self) -> list[tuple[float, int, list[float], list[int]]]:
+        return list(zip(self.chosen.tolist(), self.ranks.tolist(), self.top.tolist(), self.top_ids.tolist()))
+
+
+def compute_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> LogprobsTensors:
+    """logits [m, vocab] as the model gave them, token_ids [m] int64, -1 for none."""
+    logprobs = logits.float().log_softmax(-1)
+    chosen = logprobs.gather(1, token_ids.clamp(min=0)[:, None])
+    ranks = (logprobs > chosen).sum(-1) + 1
+    top, top_ids = logprobs.topk(k, -1)
+    return LogprobsTensors(chosen.squeeze(1), ranks, top, top_ids)

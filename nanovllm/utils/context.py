@@ -23,7 +23,6 @@ class Context:
     max_context_len: int
     cu_seqlens_q: torch.Tensor | None = None  # [B + 1] int32: where each row's new tokens begin; prefill only
     max_seqlen_q: int = 1
-    last_token_indices: torch.Tensor | None = None  # [B] int64: each row's last token; None if T == B
     # What the backend derives once a step for all layers.
     backend_data: object = None
 

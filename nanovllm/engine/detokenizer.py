@@ -1,0 +1,83 @@
+"""Incremental text of one completion, and the stop strings in it. Made by the engine for requests that need either."""
+
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+from nanovllm.sampling_params import SamplingParams
+
+
+class Detokenizer:
+    """`text` grows with every token; a character of several tokens appears when it is whole."""
+
+    def __init__(self, tokenizer: Any, params: SamplingParams):
+        self.tokenizer = tokenizer
+        self.params = params
+        self.num_emitted = 0  # characters given out by `take`
+        # A stop string may begin in what is already there: that much is held back until it is known not to.
+        self.held_back = 0 if params.include_stop_str_in_output else max(map(len, params.stop_strings), default=1) - 1
+        self._known_ids = len(tokenizer)
+        self.reset()
+
+    def reset(self) -> None:
+        """Start over: the next `follow` reads every token again. What `take` gave out stays given out."""
+        self.text = ""
+        self.stopped_by: str | None = None
+        self.num_tokens = 0  # that `follow` has read
+        self._stream = DecodeStream(skip_special_tokens=self.params.skip_special_tokens)
+
+    def follow(self, token_ids: list[int], begin: int) -> bool:
+        """Read what is new in `token_ids`, where the completion begins at `begin`; whether it completes a stop string."""
+        for token_id in token_ids[begin + self.num_tokens :]:
+            self.num_tokens += 1
+            if self._append(token_id):
+                return True
+        return False
+
+    def _append(self, token_id: int) -> bool:
+        if not 0 <= token_id < self._known_ids:  # an embedding is often padded beyond the tokenizer's vocabulary
+            return False
+        piece = self._stream.step(self.tokenizer._tokenizer, token_id)
+        if not piece:
+            return False
+        start = len(self.text)
+        self.text += piece
+        return self.num_tokens >= self.params.min_tokens and self._find_stop(start)
+
+    def _find_stop(self, start: int) -> bool:
+        """Look for the stop string that ends first among those that end after `start`."""
+        best: tuple[int, str] | None = None
+        for stop in self.params.stop_strings:
+            at = self.text.find(stop, max(0, start - len(stop) + 1))
+            if at >= 0 and (best is None or at + len(stop) < best[0]):
+                best = at + len(stop), stop
+        if best is None:
+            return False
+        end, self.stopped_by = best
+        self.text = self.text[: end if self.params.include_stop_str_in_output else end - len(self.stopped_by)]
+        return True
+
+    def finish(self, token_ids: list[int]) -> None:
+        """No more tokens will come: what one-shot decoding shows of unfinished characters joins the text."""
+        if self.stopped_by is None:
+            whole = decode(self.tokenizer, token_ids, self.params)
+            if whole.startswith(self.text):
+                self.text = whole
+        self.held_back = 0
+
+    def take(self) -> str:
+        """The text that has become certain since the last call."""
+        end = max(len(self.text) - self.held_back, self.num_emitted)
+        piece, self.num_emitted = self.text[self.num_emitted : end], end
+        return piece
+
+
+def decode(tokenizer: Any, token_ids: list[int], params: SamplingParams) -> str:
+    """The text of a completion in one go."""
+    known = len(tokenizer)
+    return tokenizer.decode(
+        [token_id for token_id in token_ids if 0 <= token_id < known],
+        skip_special_tokens=params.skip_special_tokens,
+        spaces_between_special_tokens=params.spaces_between_special_tokens,
+        clean_up_tokenization_spaces=False,  # it looks ahead, which a stream cannot
+    )

@@ -1,0 +1,192 @@
+"""What users pass in -> requests. Everything is checked here, before anything is queued; called by the engine."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanovllm.config import Config
+from nanovllm.engine.request import Request
+from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.structured import GrammarCompiler
+from nanovllm.sampling_params import SamplingParams
+
+
+class InputProcessor:
+    def __init__(self, config: Config, tokenizer: Any, num_blocks: int):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.num_blocks = num_blocks
+        self.default_params = default_sampling_params(Path(config.model))
+        self._random = random.Random(str(config.seed))  # an int would lose its sign
+        self._grammars: GrammarCompiler | None = None
+
+    def make_requests(self, prompts: Any, sampling_params: Any) -> list[Request]:
+        """A whole call: `prompts` as `generate` takes them, one set of parameters for all or one for each."""
+        if isinstance(prompts, (str, dict)):
+            prompts = [prompts]
+        if not isinstance(prompts, (list, tuple)):
+            raise TypeError(f"prompts must be a string, a dict or a list, got {type(prompts).__name__}")
+        if prompts and all(
+            isinstance(prompt, (int, np.integer)) and not isinstance(prompt, bool) for prompt in prompts
+        ):
+            prompts = [prompts]
+        if sampling_params is None:
+            sampling_params = self.default_params
+        if isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params] * len(prompts)
+        if not isinstance(sampling_params, (list, tuple)):
+            raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}")
+        if len(sampling_params) != len(prompts):
+            raise ValueError(
+                f"prompts and sampling_params differ in length: {len(prompts)} and {len(sampling_params)}; "
+                "pass one SamplingParams for all, or one for each prompt"
+            )
+        return [
+            self.make_request(prompt, params, f"prompts[{i}]")
+            for i, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True))
+        ]
+
+    def make_request(self, prompt: Any, params: SamplingParams, name: str = "prompt") -> Request:
+        """Raises TypeError or ValueError for a prompt or parameters that cannot be served."""
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"sampling_params must be SamplingParams, got {params!r} of type {type(params).__name__}")
+        text, token_ids = self._tokenize(prompt, name)
+        num_tokens = self._max_num_tokens(token_ids, params, name)
+        self._check_params(params)
+        request = Request(text, token_ids, params, self.tokenizer)
+        request.bad_words_ids = self._bad_words_ids(params)
+        seed = self._random.getrandbits(64) if params.seed in (None, -1) else params.seed
+        grammar = self._grammar(params)
+        for index in range(params.n):
+            seq = Sequence(
+                token_ids, params, num_tokens, self.config.kvcache_block_size, seed=fold_seed(seed, index), index=index
+            )
+            seq.request = request
+            seq.grammar = grammar and grammar.copy()
+            request.seqs.append(seq)
+        return request
+
+    def apply_chat_template(self, messages: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        """One conversation or a list of them -> prompts, by the template's own words.
+
+        transformers runs the template in a sandbox. It writes special tokens itself, so none are added to its text.
+        """
+        if not isinstance(messages, (list, tuple)):
+            raise TypeError(f"messages must be a list, got {messages!r} of type {type(messages).__name__}")
+        conversations: Any = messages if messages and isinstance(messages[0], (list, tuple)) else [messages]
+        if self.tokenizer.chat_template is None and kwargs.get("chat_template") is None:
+            raise ValueError(
+                "this tokenizer has no chat template: pass chat_template=, or use generate() with a prompt"
+            )
+        for conversation in conversations:
+            is_list = isinstance(conversation, (list, tuple)) and len(conversation) > 0
+            if not is_list or not all(isinstance(message, dict) for message in conversation):
+                raise TypeError(f"messages must be a list of dicts with 'role' and 'content', got {conversation!r}")
+        texts = [
+            self.tokenizer.apply_chat_template(conversation, tokenize=False, **kwargs) for conversation in conversations
+        ]
+        encode = self.tokenizer.encode
+        return [{"prompt": text, "prompt_token_ids": encode(text, add_special_tokens=False)} for text in texts]
+
+    def _tokenize(self, prompt: Any, name: str) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, dict):
+            keys = [key for key in ("prompt", "prompt_token_ids") if prompt.get(key) is not None]
+            if not keys or set(prompt) - {"prompt", "prompt_token_ids"}:
+                raise ValueError(f"{name} as a dict has the key 'prompt' or 'prompt_token_ids', got {sorted(prompt)}")
+            if keys == ["prompt", "prompt_token_ids"]:
+                return prompt["prompt"], self._check_ids(prompt["prompt_token_ids"], name)
+            prompt = prompt[keys[0]]
+        if isinstance(prompt, str):
+            return prompt, self._check_ids(self.tokenizer.encode(prompt), name)
+        return None, self._check_ids(prompt, name)
+
+    def _check_ids(self, token_ids: Any, name: str) -> list[int]:
+        if not isinstance(token_ids, (list, tuple)):
+            raise TypeError(f"{name} must be a string or a list of token ids, got {type(token_ids).__name__}")
+        if not token_ids:
+            raise ValueError(f"{name} is empty: a prompt needs at least one token")
+        wrong = {kind for kind in set(map(type, token_ids)) if kind is bool or not issubclass(kind, (int, np.integer))}
+        if wrong:
+            value = next(x for x in token_ids if type(x) in wrong)
+            raise TypeError(f"{name} must be a string or a list of integer token ids, and contains {value!r}")
+        self._check_vocabulary(name, token_ids)
+        return np.array(token_ids).tolist()
+
+    def _check_vocabulary(self, name: str, token_ids: Any) -> None:
+        vocab_size = self.config.hf_config.vocab_size
+        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+            wrong = next(x for x in token_ids if not 0 <= x < vocab_size)
+            raise ValueError(f"{name} contains {wrong}: the token ids of this model go from 0 to {vocab_size - 1}")
+
+    def _max_num_tokens(self, token_ids: list[int], params: SamplingParams, name: str) -> int:
+        """Tokens of prompt and completion at most."""
+        config, block_size = self.config, self.config.kvcache_block_size
+        if len(token_ids) >= config.max_model_len:
+            raise ValueError(
+                f"{name} has {len(token_ids)} tokens, and max_model_len={config.max_model_len} leaves no room "
+                "for an answer: shorten it or raise max_model_len"
+            )
+        # The last token's KV is never read, so a request of n tokens in all holds n - 1 in the cache.
+        pool_tokens = self.num_blocks * block_size
+        if params.max_tokens is None:
+            num_tokens = min(config.max_model_len, pool_tokens + 1)
+        else:
+            num_tokens = min(config.max_model_len, len(token_ids) + params.max_tokens)
+        needed = max(num_tokens - 1, len(token_ids))
+        if needed > pool_tokens:
+            raise ValueError(
+                f"{name} has {len(token_ids)} tokens and max_tokens={params.max_tokens}: it needs "
+                f"{-(-needed // block_size)} blocks of KV cache and there are {self.num_blocks}: lower max_tokens, "
+                "or raise num_kvcache_blocks"
+            )
+        return num_tokens
+
+    def _check_params(self, params: SamplingParams) -> None:
+        if params.n > self.config.max_num_seqs:
+            raise ValueError(f"n={params.n} is above max_num_seqs={self.config.max_num_seqs}")
+        for field in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            if getattr(params, field):
+                self._check_vocabulary(field, list(getattr(params, field)))
+
+    def _bad_words_ids(self, params: SamplingParams) -> list[list[int]]:
+        """The token sequences of each bad word, at the start of the text and after a space."""
+        found = []
+        for word in params.bad_words or ():
+            bare = self.tokenizer.encode(word.lstrip(), add_special_tokens=False)
+            spaced = self.tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
+            found += [bare] if spaced == bare else [bare, spaced]
+        return [ids for ids in found if ids]
+
+    def _grammar(self, params: SamplingParams) -> Any:
+        if params.structured_outputs is None:
+            return None
+        if self._grammars is None:
+            config = self.config
+            self._grammars = GrammarCompiler(self.tokenizer, config.hf_config.vocab_size, config.eos_token_ids)
+        return self._grammars.compile(params.structured_outputs)
+
+
+def fold_seed(seed: int, index: int) -> int:
+    """A signed 64-bit seed for each completion of a request (the finaliser of SplitMix64, Steele et al. 2014)."""
+    mask = 2**64 - 1
+    x = (int(seed) + index * 0x9E3779B97F4A7C15) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    x ^= x >> 31
+    return x - 2**64 if x >= 2**63 else x
+
+
+def default_sampling_params(path: Path) -> SamplingParams:
+    """What the checkpoint's generation_config.json recommends, for calls without `SamplingParams`."""
+    file = path / "generation_config.json"
+    if not file.is_file():
+        return SamplingParams()
+    raw = json.loads(file.read_text())
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    values = {name: raw[name] for name in names if raw.get(name) is not None}
+    if raw.get("do_sample") is False:
+        values["temperature"] = 0.0
+    return SamplingParams(**values)

@@ -1,0 +1,119 @@
+"""One request of a user: a prompt and its `n` completions. Made by the input processor, driven by the engine."""
+
+import time
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+from nanovllm.engine.detokenizer import Detokenizer, decode
+from nanovllm.engine.sequence import Sequence
+from nanovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamDelta
+from nanovllm.sampling_params import SamplingParams
+
+_ids = count()
+
+
+@dataclass(slots=True)
+class Call:
+    """Whoever waits for a set of requests: one `generate`, one `stream`, or the user of `step`."""
+
+    unfinished: set[int] = field(default_factory=set)  # request ids
+    finished: list["Request"] = field(default_factory=list)
+
+
+class Request:
+    def __init__(self, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams, tokenizer: Any):
+        self.request_id = next(_ids)
+        self.prompt = prompt
+        self.prompt_token_ids = prompt_token_ids
+        self.params = params
+        self.tokenizer = tokenizer
+        self.seqs: list[Sequence] = []
+        self.bad_words_ids: list[list[int]] = []
+        self.call = Call()
+        self.deltas: list[StreamDelta] | None = None  # collected if somebody streams
+        self.num_emitted: list[int] = []  # tokens of each completion that the deltas have told of
+        self.closed: set[int] = set()  # completions whose end they have told of
+        self.metrics = RequestMetrics(arrival_time=time.time())
+
+    def start(self, stream: bool) -> None:
+        """Before it is queued: follow the text of the completions, if stop strings or a stream need it."""
+        if stream:
+            self.deltas = []
+            self.num_emitted = [0] * len(self.seqs)
+        if self.params.detokenize and (stream or self.params.stop_strings):
+            for seq in self.seqs:
+                seq.detokenizer = Detokenizer(self.tokenizer, self.params)
+        for seq in self.seqs:
+            seq.is_watched = stream or seq.detokenizer is not None or seq.grammar is not None
+
+    @property
+    def is_finished(self) -> bool:
+        return all([seq.is_finished for seq in self.seqs])
+
+    def emit(self, seq: Sequence) -> None:
+        """Tell the stream, if there is one, what is new of `seq`."""
+        if self.deltas is not None:
+            text = seq.detokenizer.take() if seq.detokenizer is not None else ""
+            token_ids = seq.token_ids[seq.num_prompt_tokens + self.num_emitted[seq.index] :]
+            self.num_emitted[seq.index] += len(token_ids)
+            if seq.finish_reason is not None:
+                if seq.index in self.closed:
+                    return
+                self.closed.add(seq.index)
+            self.deltas.append(StreamDelta(self.request_id, seq.index, text, token_ids, seq.finish_reason))
+
+    def output(self) -> RequestOutput:
+        """Everything there is of it so far."""
+        # Of the first completion: the others share its prompt, so of theirs it says nothing.
+        self.metrics.num_cached_prompt_tokens = self.seqs[0].num_prefix_cached_tokens
+        self.metrics.num_preemptions = sum(seq.num_preemptions for seq in self.seqs)
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=[self._completion(seq) for seq in self.seqs],
+            finished=self.is_finished,
+            metrics=self.metrics,
+            prompt_logprobs=self._prompt_logprobs(),
+        )
+
+    def _completion(self, seq: Sequence) -> CompletionOutput:
+        token_ids = seq.completion_token_ids
+        logprobs = None
+        if self.params.logprobs is not None:
+            logprobs = [self._logprobs(*entry, self.params.logprobs) for entry in zip(token_ids, seq.logprobs)]
+        if not self.params.detokenize:
+            text = ""
+        elif seq.detokenizer is not None:
+            text = seq.detokenizer.text
+        else:
+            text = decode(self.tokenizer, token_ids, self.params)
+        return CompletionOutput(
+            index=seq.index,
+            text=text,
+            token_ids=token_ids,
+            cumulative_logprob=None if logprobs is None else sum(entry[0] for entry in seq.logprobs[: len(token_ids)]),
+            logprobs=logprobs,
+            finish_reason=seq.finish_reason,
+            stop_reason=seq.stop_reason,
+        )
+
+    def _prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        k = self.params.prompt_logprobs
+        if k is None:
+            return None
+        found = self.seqs[0].prompt_logprobs
+        ids = self.prompt_token_ids
+        return [self._logprobs(ids[i], found[i], k) if i in found else None for i in range(len(ids))]
+
+    def _logprobs(self, token_id: int, entry: tuple[float, int, list[float], list[int]], k: int) -> dict[int, Logprob]:
+        """The token itself first, then the `k` likeliest."""
+        chosen, rank, top, top_ids = entry
+        found = {token_id: Logprob(chosen, rank, self._decode(token_id))}
+        for i in range(k):
+            found.setdefault(top_ids[i], Logprob(top[i], i + 1, self._decode(top_ids[i])))
+        return found
+
+    def _decode(self, token_id: int) -> str:
+        return self.tokenizer.decode([token_id]) if token_id < len(self.tokenizer) else ""

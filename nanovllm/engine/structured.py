@@ -1,0 +1,71 @@
+"""Grammars that an output must match, through llguidance. Called by the engine for `structured_outputs`."""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from nanovllm.sampling_params import StructuredOutputsParams
+
+
+class GrammarCompiler:
+    """Turns parameters into matchers for one tokenizer."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int, eos: frozenset[int]):
+        try:
+            import llguidance
+            import llguidance.hf
+        except ImportError:
+            raise ImportError('structured_outputs needs llguidance: pip install "nano-vllm[structured]"') from None
+        self.llguidance = llguidance
+        self.vocab_size = vocab_size
+        self.tokenizer = llguidance.hf.from_tokenizer(
+            tokenizer, n_vocab=max(vocab_size, len(tokenizer)), eos_token=sorted(eos) or None
+        )
+
+    def compile(self, params: StructuredOutputsParams) -> "Grammar":
+        """Raises ValueError for a schema, expression or grammar that cannot be compiled."""
+        matcher = self.llguidance.LLMatcher
+        if params.json is not None:
+            name, schema = "json", params.json if isinstance(params.json, str) else json.dumps(params.json)
+            source = matcher.grammar_from_json_schema(schema)
+        elif params.regex is not None:
+            name, source = "regex", matcher.grammar_from_regex(params.regex)
+        elif params.choice is not None:
+            choices = " | ".join(json.dumps(text) for text in params.choice)
+            name, source = "choice", matcher.grammar_from_lark(f"start: {choices}")
+        else:
+            name, source = "grammar", matcher.grammar_from_lark(str(params.grammar))
+        error = matcher.validate_grammar(source, self.tokenizer)
+        if error:
+            raise ValueError(f"structured_outputs.{name} cannot be compiled: {error.strip()}")
+        return Grammar(matcher(self.tokenizer, source), self.vocab_size)
+
+
+class Grammar:
+    """The state of one completion's grammar; it follows the completion's ids as they come."""
+
+    def __init__(self, matcher: Any, vocab_size: int):
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+        self._num_consumed = 0
+
+    def copy(self) -> "Grammar":
+        """A fresh one for another completion of the same prompt."""
+        return Grammar(self._matcher.deep_copy(), self._vocab_size)
+
+    def allowed(self, token_ids: list[int]) -> np.ndarray:
+        """Which tokens may follow the completion `token_ids`, [vocab] bool."""
+        self._follow(token_ids)
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        return np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
+
+    def is_finished(self, token_ids: list[int]) -> bool:
+        """Whether the completion is whole and nothing may follow it."""
+        self._follow(token_ids)
+        return self._matcher.is_stopped()
+
+    def _follow(self, token_ids: list[int]) -> None:
+        for token_id in token_ids[self._num_consumed :]:
+            self._matcher.consume_token(token_id)
+        self._num_consumed = len(token_ids)

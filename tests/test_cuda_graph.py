@@ -1,0 +1,112 @@
+"""The bookkeeping of captured decode steps, on CPU: a stand-in "graph" replays by running what it saw captured.
+
+That kernels replay correctly is for test_gpu.py; here it is buckets, padding rows, static buffers and both kinds of graph.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import Checkpoint, greedy, many_prompts
+
+from nanovllm import SamplingParams
+from nanovllm.engine.cuda_graph import DecodeGraphs, batch_buckets
+
+
+class StandInStream:
+    def wait_stream(self, other: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def __enter__(self) -> None: ...
+    def __exit__(self, *exc_info: object) -> None: ...
+
+
+class StandInGraph:
+    """Replays the runner's calls made between begin and end, into the tensors that they returned then."""
+
+    runner: Any
+    num_captured = num_replayed = 0
+
+    def capture_begin(self, **kwargs: Any) -> None:
+        self.calls: list[tuple[Any, tuple, Any]] = []
+        StandInGraph.num_captured += 1
+        self.originals = {name: getattr(self.runner, name) for name in ("run_decode", "forward_decode")}
+        for name, function in self.originals.items():
+            setattr(self.runner, name, self._recording(function))
+
+    def _recording(self, function: Any) -> Any:
+        def record(*args: Any) -> Any:
+            for name, original in self.originals.items():  # what a step calls inside belongs to it
+                setattr(self.runner, name, original)
+            state = self.runner.state
+            before = [tensor.clone() for tensor in (state.last_token, state.num_cached_tokens)]
+            result = function(*args)
+            state.last_token.copy_(before[0])  # a capture executes nothing
+            state.num_cached_tokens.copy_(before[1])
+            self.calls.append((function, args, result))
+            return result
+
+        return record
+
+    def capture_end(self) -> None:
+        for name, original in self.originals.items():
+            setattr(self.runner, name, original)
+
+    def pool(self) -> int:
+        return 1
+
+    @torch.inference_mode()
+    def replay(self) -> None:
+        StandInGraph.num_replayed += 1
+        for function, args, static in self.calls:
+            fresh = function(*args)
+            for old, new in zip(static, fresh) if isinstance(static, tuple) else [(static, fresh)]:
+                old.copy_(new)
+
+
+class CopyingGraphs(DecodeGraphs):
+    """On a GPU the runner copies the static outputs to the host at once; on CPU there is nowhere to copy them."""
+
+    def replay(self, rows: torch.Tensor, sample: bool = True) -> tuple[torch.Tensor, ...]:
+        return tuple(output.clone() for output in super().replay(rows, sample))
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandInGraph)
+    monkeypatch.setattr(torch.cuda, "Stream", StandInStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", StandInStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    StandInGraph.num_captured = StandInGraph.num_replayed = 0
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("kind", ["plain", "adjusted", "mixed"])
+def test_graphs_change_nothing(qwen3: Checkpoint, stand_ins: None, kind: str, depth: int) -> None:
+    prompts = many_prompts(13)
+    adjusted = SamplingParams(temperature=0.8, seed=3, top_k=5, max_tokens=20, ignore_eos=True, logprobs=1)
+    params = {
+        "plain": [greedy(12 + i % 9) for i in range(13)],
+        "adjusted": [adjusted] * 13,
+        "mixed": [adjusted if i % 3 == 0 else greedy(12 + i % 9) for i in range(13)],
+    }[kind]
+    results = []
+    for graphs in (False, True):
+        llm = qwen3.llm(max_num_seqs=12)
+        llm.depth = depth
+        if graphs:
+            StandInGraph.runner = llm.model_runner
+            llm.model_runner.graphs = CopyingGraphs(llm.model_runner, 12)
+        results.append([output["token_ids"] for output in llm.generate(prompts, params, use_tqdm=False)])
+    assert results[0] == results[1]
+    assert StandInGraph.num_captured >= 2
+    assert StandInGraph.num_replayed > 12
+
+
+def test_every_batch_size_has_a_bucket_close_above() -> None:
+    for max_num_seqs in (1, 2, 3, 5, 8, 12, 255, 256, 257, 300, 512, 1000):
+        buckets = batch_buckets(max_num_seqs)
+        assert buckets == sorted(set(buckets))
+        assert buckets[-1] == max_num_seqs
+        for size in range(1, max_num_seqs + 1):
+            bucket = next(bucket for bucket in buckets if bucket >= size)
+            assert bucket - size < (8 if size <= 256 else 32)
