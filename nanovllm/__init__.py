@@ -23,14 +23,3 @@ if not logging.getLogger().handlers and not logging.getLogger("nanovllm").handle
     logging.getLogger("nanovllm").addHandler(_handler)
     logging.getLogger("nanovllm").setLevel(logging.INFO)
     logging.getLogger("nanovllm").propagate = False
-=======
-__all__ = [
-    "LLM",
-    "CompletionOutput",
-    "Logprob",
-    "RequestOutput",
-    "SamplingParams",
-    "StreamDelta",
-    "StructuredOutputsParams",
-]
->>>>>>> 6fe7447a86078964fc69749863bf2bbe032bb3c9

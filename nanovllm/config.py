@@ -29,7 +29,7 @@ class Config:
         max_num_seqs: sequences resident (holding cache) at once. Default 512.
         max_model_len: tokens of prompt and completion together; lowered to what the model supports. Default 4096.
         gpu_memory_utilization: share of the GPU's memory that the engine may fill. Default 0.9.
-        tensor_parallel_size: number of ranks. Default 1.
+        tensor_parallel_size: number of ranks; only 1 in this version.
         enforce_eager: run decode without CUDA graphs. Default False.
         kvcache_block_size: tokens per block: any on `sdpa`, multiples of 16 on `triton`, of 256 on `flash_attn`.
         num_kvcache_blocks: size of the cache in blocks; -1 sizes it from free memory.
@@ -37,7 +37,7 @@ class Config:
         device: "auto" (CUDA if there is one), "cuda", "cuda:N" or "cpu".
         attention_backend: "sdpa", "flash_attn" or "triton"; None picks the fastest available.
         seed: of requests that bring none.
-        deterministic: batch-invariant results.
+        deterministic: batch-invariant results; only False in this version.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range.
@@ -131,18 +131,26 @@ def load_hf_config(path: Path) -> Any:
     except ValueError as error:
         raise ValueError(f"{path / 'config.json'} is not valid JSON: {error}") from None
     model_type = raw.get("model_type") if isinstance(raw, dict) else None
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"{path / 'config.json'} has model_type={model_type!r}, which transformers {transformers.__version__} does "
-            "know; code in the checkpoint itself is never executed"
+            "not know; code in the checkpoint itself is never executed"
         )
     raw.pop("auto_map", None)
-    return CONFIG_MAPPING[model_type].from_dict(raw)
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(raw)
+    except Exception as error:  # transformers 5 checks values with a type of its own
+        raise ValueError(f"{path / 'config.json'} is not a valid {model_type} config: {error}") from error
 
 
 def head_dim(hf_config: Any) -> int:
-    """Width of one attention head; Qwen3 states it, older families imply it."""
-    return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+    """Width of one attention head; Qwen3 states it, older families imply it.
+
+    0 if the config knows no such thing: then its architecture is none of ours, and is refused by name.
+    """
+    if getattr(hf_config, "head_dim", None):
+        return hf_config.head_dim
+    return getattr(hf_config, "hidden_size", 0) // getattr(hf_config, "num_attention_heads", 1)
 
 
 def resolve_device(device: Any) -> torch.device:
@@ -183,7 +191,10 @@ def eos_token_ids(path: Path, hf_config: Any) -> frozenset[int]:
     eos = None
     file = path / "generation_config.json"
     if file.is_file():
-        eos = json.loads(file.read_text()).get("eos_token_id")
+        try:
+            eos = json.loads(file.read_text()).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{file} is not a valid generation config: {error}") from None
     if eos is None:
         eos = getattr(hf_config, "eos_token_id", None)
     return frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)

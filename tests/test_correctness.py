@@ -508,7 +508,8 @@ def test_text_in_and_out(checkpoints):
     for text, prompt, output in zip(texts, prompts, outputs, strict=True):
         assert output.prompt == text
         assert output.prompt_token_ids == prompt
-        assert output["text"] == output.outputs[0].text == tokenizer.decode(output["token_ids"], skip_special_tokens=True)
+        text = tokenizer.decode(output["token_ids"], skip_special_tokens=True)
+        assert output["text"] == output.outputs[0].text == text
     (single,) = llm.generate("Hello there", greedy(20), use_tqdm=False)
     assert single["token_ids"] == outputs[0]["token_ids"]
     mixed = llm.generate(["a", prompts[0]], greedy(20), use_tqdm=False)

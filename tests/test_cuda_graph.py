@@ -1,6 +1,6 @@
 """The bookkeeping of captured decode steps, on CPU: a stand-in "graph" replays by running what it saw captured.
 
-That kernels replay correctly is for test_gpu.py; here it is buckets, padding rows, static buffers and both kinds of graph.
+That kernels replay correctly is for test_gpu.py; here it is buckets, padding rows, static buffers, both kinds of graph.
 """
 
 from typing import Any

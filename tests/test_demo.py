@@ -70,7 +70,8 @@ def test_same_greedy_tokens_as_transformers(llm, chat_prompts):
         assert output["token_ids"][:length] == token_ids[:length]
         if not ties:
             assert output["token_ids"] == token_ids
-            assert output.outputs[0].finish_reason == ("stop" if token_ids[-1] in llm.config.eos_token_ids else "length")
+            ended = token_ids[-1] in llm.config.eos_token_ids
+            assert output.outputs[0].finish_reason == ("stop" if ended else "length")
             num_compared += 1
     assert num_compared >= 4, "more than one of these prompts came near a tie"
     reasons = {output.outputs[0].finish_reason for output in outputs}

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from nanovllm.attention import AttentionBackend
 from nanovllm.utils.context import Context
 
+MAX_GATHERED_TOKENS = 2**17  # copies of keys and values at once; bounds the memory of a large batch
+
 
 class SdpaBackend(AttentionBackend):
     supports_cuda_graph = False  # the gathered context is as long as the longest row, which changes every step
@@ -42,8 +44,13 @@ def decode(q, k_cache, v_cache, slots, mask, scale):
     """
     batch_size, num_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
-    k = k_cache[slots].transpose(1, 2)  # [B, num_kv_heads, max_context_len, head_dim]
-    v = v_cache[slots].transpose(1, 2)
+    rows = max(MAX_GATHERED_TOKENS // slots.shape[1], 1)
+    if batch_size > rows:
+        parts = zip(q.split(rows), slots.split(rows), mask.split(rows))
+        return torch.cat([decode(q_part, k_cache, v_cache, *part, scale) for q_part, *part in parts])
+    shape = (*slots.shape, num_kv_heads, head_dim)
+    k = k_cache.index_select(0, slots.flatten()).view(shape).transpose(1, 2)  # [B, num_kv_heads, context, head_dim]
+    v = v_cache.index_select(0, slots.flatten()).view(shape).transpose(1, 2)
     q = q.view(batch_size, num_kv_heads, num_heads // num_kv_heads, head_dim)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :], scale=scale)
     return out.reshape(batch_size, num_heads, head_dim)

@@ -46,9 +46,18 @@ class BlockManager:
 
     def reset_prefix_cache(self) -> None:
         """Forget what every block caches; sequences that hold one keep it for themselves."""
-        self._hash_to_block_id = {}
         for block in self.blocks:
-            block.uid, block.parent_uid, block.hash, block.token_ids = 0, 0, 0, []
+            self._unregister(block)
+
+    def forget(self, seq: Sequence) -> None:
+        """Let no later prompt find the blocks of `seq`."""
+        for block_id in seq.block_table:
+            self._unregister(self.blocks[block_id])
+
+    def _unregister(self, block: Block) -> None:
+        if block.uid and self._hash_to_block_id.get(block.hash) == block.block_id:
+            del self._hash_to_block_id[block.hash]
+        block.uid, block.parent_uid, block.hash, block.token_ids = 0, 0, 0, []
 
     @property
     def num_free_blocks(self) -> int:
@@ -156,9 +165,6 @@ class BlockManager:
         """The least recently used free block, stripped of what it cached."""
         block_id, _ = self._free.popitem(last=False)
         block = self.blocks[block_id]
-        if block.uid:
-            if self._hash_to_block_id.get(block.hash) == block_id:
-                del self._hash_to_block_id[block.hash]
-            block.uid, block.parent_uid, block.hash, block.token_ids = 0, 0, 0, []
+        self._unregister(block)
         block.ref_count = 1
         return block_id

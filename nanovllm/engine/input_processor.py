@@ -100,6 +100,12 @@ class InputProcessor:
                 return prompt["prompt"], self._check_ids(prompt["prompt_token_ids"], name)
             prompt = prompt[keys[0]]
         if isinstance(prompt, str):
+            if not prompt:  # some tokenizers would make one token of it, the one that begins every text
+                raise ValueError(f"{name} is empty: a prompt needs at least one token")
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{name} is not valid Unicode: {error}") from None
             return prompt, self._check_ids(self.tokenizer.encode(prompt), name)
         return None, self._check_ids(prompt, name)
 
@@ -113,7 +119,7 @@ class InputProcessor:
             value = next(x for x in token_ids if type(x) in wrong)
             raise TypeError(f"{name} must be a string or a list of integer token ids, and contains {value!r}")
         self._check_vocabulary(name, token_ids)
-        return np.array(token_ids).tolist()
+        return list(map(int, token_ids))
 
     def _check_vocabulary(self, name: str, token_ids: Any) -> None:
         vocab_size = self.config.hf_config.vocab_size

@@ -110,6 +110,8 @@ class LLMEngine:
         """Alone with the state of the requests, which is put in order first if the last one here was interrupted."""
         if self._is_within_step():
             raise RuntimeError("the engine is in the middle of a step: it cannot be used from within one")
+        if not self._finalizer.alive:
+            raise RuntimeError("this engine is closed: make a new LLM")
         with self._lock:
             try:
                 self._busy_thread = threading.get_ident()
@@ -232,6 +234,8 @@ class LLMEngine:
     def _enqueue(self, requests: list[Request], call: Call, stream: bool = False) -> None:
         if self._is_within_step():
             raise RuntimeError("the engine is in the middle of a step: it cannot be used from within one")
+        if not self._finalizer.alive:
+            raise RuntimeError("this engine is closed: make a new LLM")
         try:
             with self._lock:
                 for request in requests:
@@ -291,8 +295,8 @@ class LLMEngine:
     ) -> list[RequestOutput]:
         """`generate` for one conversation or a list of them, put into words by the model's chat template.
 
-        `tools` and `chat_template_kwargs` are passed to the template. Raises ValueError if the tokenizer has no template
-        and none is given.
+        `tools` and `chat_template_kwargs` are passed to the template. Raises ValueError if the tokenizer has no
+        template and none is given.
         """
         prompts: list[Any] = self.input_processor.apply_chat_template(
             messages,
@@ -309,8 +313,8 @@ class LLMEngine:
     ) -> Iterator[StreamDelta]:
         """Complete one or several prompts and yield what is new as it comes, for scripts and notebook cells.
 
-        The deltas of a completion add up to the text that `generate` returns. Leaving the loop early aborts the requests.
-        The arguments are checked at once, not at the first delta.
+        The deltas of a completion add up to the text that `generate` returns. Leaving the loop early aborts the
+        requests. The arguments are checked at once, not at the first delta.
         """
         requests = self.input_processor.make_requests(prompts, sampling_params)
         return self._stream(requests)

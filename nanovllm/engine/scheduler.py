@@ -112,11 +112,15 @@ class Scheduler:
     def finish(self, seq: Sequence, reason: str) -> None:
         """Release what `seq` holds and take it off its queue."""
         if seq.status is SequenceStatus.RUNNING:
-            self.block_manager.register(seq, min(len(seq.token_ids), seq.num_cached_tokens))
+            if reason == "error":  # what it left in the cache is not to be trusted
+                self.block_manager.forget(seq)
+            else:
+                self.block_manager.register(seq, min(len(seq.token_ids), seq.num_cached_tokens))
             self._release(seq)
             self.running.remove(seq)
         else:
             self.waiting.remove(seq)
+            self._admission_blocked = False
         seq.finish(reason)
 
     def preempt(self, seq: Sequence) -> None:
@@ -195,7 +199,7 @@ class Forecast:
         to_come = seq.max_num_tokens - seq.num_tokens
         if not seq.sampling_params.ignore_eos:
             to_come = int(to_come * self.completion_ratio)
-        num_blocks = -(-to_come // self.block_size)
+        num_blocks = -(-(seq.num_tokens + to_come) // self.block_size) - seq.num_blocks
         self.total_to_come += num_blocks
         insort(self.ends, (num_blocks, seq.num_blocks))
 
