@@ -57,7 +57,7 @@ class NanoVLLM(Engine):
         self.num_steps = 0
         params = [SamplingParams(temperature=temperature, max_tokens=n, ignore_eos=True) for n in case.output_lens]
         outputs = self.llm.generate(case.prompts, params, use_tqdm=False)
-        return [len(output.token_ids) for output in outputs]
+        return [len(output["token_ids"]) for output in outputs]
 
     def close(self) -> None:
         self.llm.exit()

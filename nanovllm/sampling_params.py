@@ -66,7 +66,7 @@ class SamplingParams:
         presence_penalty: subtracted from the logit of each token generated already; from -2 to 2.
         frequency_penalty: the same, times how often; from -2 to 2.
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output; above 0.
-        seed: makes the draws reproducible whatever else is in the batch; None draws one from the engine's.
+        seed: makes the draws reproducible whatever else is in the batch; None (or -1) draws one from the engine's.
         stop: texts that end the completion, a string or a list.
         stop_token_ids: token ids that end it, beside the model's end-of-sequence ids.
         ignore_eos: keep generating past the end-of-sequence token. Default False.

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine import input_processor
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence
 
@@ -264,7 +265,7 @@ def assert_matches(
         end = next((n for n, token in enumerate(expected) if token in eos), len(expected) - 1)
         assert tokens == expected[: end + 1], f"prompt {i} of {len(prompt)} tokens"
         if not isinstance(output, list):
-            assert output.finish_reason == ("stop" if expected[end] in eos else "length")
+            assert output.outputs[0].finish_reason == ("stop" if expected[end] in eos else "length")
             assert output.prompt_token_ids == prompt
     assert kept >= 0.9 * len(prompts) - 1, (
         f"transformers was undecided for {len(prompts) - kept} of {len(prompts)} prompts"
@@ -405,7 +406,8 @@ class Recorder(nn.Module):
         self.top_ids = torch.full((num_requests + 1, max_len, 5), -1, dtype=torch.int64, device=device)
         self.num_records = torch.zeros(num_requests + 1, max_len, dtype=torch.int64, device=device)
 
-    def forward(self, logits, temperatures, seeds, positions):
+    def forward(self, logits, temperatures, seeds, positions, adjustments=None):
+        assert adjustments is None
         logprobs = logits.float().log_softmax(-1)
         if self.forcing:
             tokens = self.forced[seeds, positions]
@@ -432,14 +434,18 @@ class _Counter:
 def recording(llm: LLM, num_requests: int, forced: list[list[int]] | None = None) -> Any:
     """Within the block the next `num_requests` requests are recorded (see Recorder). Graphs are captured anew."""
     runner = llm.model_runner
-    recorder, old_random = Recorder(llm, num_requests, forced), llm._random
-    runner.sampler, llm._random = recorder, _Counter()
+    recorder = Recorder(llm, num_requests, forced)
+    runner.sampler = recorder
     if runner.graphs is not None:
         runner.graphs.clear()
     try:
-        yield recorder
+        with (
+            replaced(llm.input_processor, "_random", lambda _: _Counter()),
+            replaced(input_processor, "fold_seed", lambda _: lambda seed, index: seed),
+        ):
+            yield recorder
     finally:
-        runner.sampler, llm._random = recorder.inner, old_random
+        runner.sampler = recorder.inner
         if runner.graphs is not None:
             runner.graphs.clear()
 

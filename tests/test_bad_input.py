@@ -89,7 +89,11 @@ BAD_PROMPTS: list[tuple[Any, type[Exception], str]] = [
     (3, TypeError, "int"),
     (1.5, TypeError, "float"),
     (b"abc", TypeError, "bytes"),
-    ({"prompt": "x"}, TypeError, "dict"),
+    ({"prompt": 3}, TypeError, "int"),
+    ({"prompt_token_ids": [1, None]}, TypeError, "None"),
+    ({"text": "x"}, ValueError, "'prompt_token_ids', got.*'text'"),
+    ({"prompt": "x", "images": []}, ValueError, "images"),
+    ({}, ValueError, "prompt_token_ids"),
     ({1, 2}, TypeError, "set"),
     ([1] * 200, ValueError, "200.*max_model_len"),
     ([1] * 5000, ValueError, "5000.*max_model_len"),
@@ -115,17 +119,22 @@ def test_a_bad_request(llm, prompt, error, match):
 
 
 @pytest.mark.usefixtures("unharmed")
-@pytest.mark.parametrize("prompts", [None, 3, 2.5, b"abc", {"a": 1}, object(), iter(["a"])], ids=repr)
+@pytest.mark.parametrize("prompts", [None, 3, 2.5, b"abc", {1, 2}, object(), iter(["a"])], ids=repr)
 def test_prompts_are_no_list(llm, prompts):
     with pytest.raises(TypeError, match="prompts must be"):
         llm.generate(prompts, use_tqdm=False)
 
 
+@pytest.mark.parametrize("prompts", [[1, 2, 3], [5], (1, 2), [np.int64(3)], {"prompt_token_ids": [7, 8]}], ids=repr)
+def test_a_list_of_ids_is_one_prompt(llm, qwen3, prompts):
+    ids = [int(x) for x in (prompts["prompt_token_ids"] if isinstance(prompts, dict) else prompts)]
+    assert_matches(qwen3, [ids], llm.generate(prompts, greedy(6), use_tqdm=False), 6)
+
+
 @pytest.mark.usefixtures("unharmed")
-@pytest.mark.parametrize("prompts", [[1, 2, 3], [5], (1, 2), [np.int64(3)]], ids=repr)
-def test_a_list_of_ids_is_not_a_list_of_prompts(llm, prompts):
-    """Upstream's mistake to make: one prompt as ids has to be wrapped."""
-    with pytest.raises(TypeError, match=r"wrap it|prompts\[0\] must be"):
+@pytest.mark.parametrize("prompts", [[1, True], [1, "a"], [1, 2.0], [1, [2]], [1, None]], ids=repr)
+def test_a_list_of_ids_and_other_things_is_neither(llm, prompts):
+    with pytest.raises(TypeError, match=r"prompts\[\d\] must be a string"):
         llm.generate(prompts, use_tqdm=False)
 
 
@@ -140,7 +149,7 @@ def test_good_prompts_of_other_types(llm, qwen3):
     for prompt in ((1, 2, 3), [np.int64(1), np.int32(2), np.uint8(3)], list(np.array([1, 2, 3]))):
         outputs = llm.generate([prompt], greedy(6), use_tqdm=False)
         assert_matches(qwen3, [[1, 2, 3]], outputs, 6)
-        assert all(type(token) is int for token in outputs[0].prompt_token_ids + outputs[0].token_ids)
+        assert all(type(token) is int for token in outputs[0].prompt_token_ids + outputs[0]["token_ids"])
     assert_matches(qwen3, [[1], [2]], llm.generate(([1], [2]), greedy(6), use_tqdm=False), 6)
     prompts = [VOCAB_SIZE - 1, 0, EOS]
     assert_matches(qwen3, [prompts], llm.generate([prompts], greedy(6), use_tqdm=False), 6)
@@ -186,21 +195,21 @@ def test_what_fits_and_what_does_not(llm, qwen3):
     for max_tokens, fits in ((60, True), (61, True), (62, False), (99, False), (1000, False), (10**30, False)):
         params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
         if fits:
-            assert len(llm.generate([prompt], params, use_tqdm=False)[0].token_ids) == max_tokens
+            assert len(llm.generate([prompt], params, use_tqdm=False)[0]["token_ids"]) == max_tokens
             continue
         with pytest.raises(ValueError, match=rf"100 tokens and max_tokens={max_tokens}.*blocks.*num_kvcache_blocks"):
             llm.generate([prompt], params, use_tqdm=False)
     assert_idle(llm)
     # Without an explicit number it means what the pool allows.
     (output,) = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=None, ignore_eos=True), use_tqdm=False)
-    assert len(output.token_ids) == 61
-    assert output.finish_reason == "length"
+    assert len(output["token_ids"]) == 61
+    assert output.outputs[0].finish_reason == "length"
 
 
 def test_max_tokens_beyond_max_model_len_is_cut_not_refused(qwen3):
     llm = qwen3.llm(max_model_len=50)
     (output,) = llm.generate([[1] * 49], greedy(10**9), use_tqdm=False)
-    assert len(output.token_ids) == 1
+    assert len(output["token_ids"]) == 1
     with pytest.raises(ValueError, match="max_model_len=50"):
         llm.generate([[1] * 50], greedy(1), use_tqdm=False)
     assert_works(llm, qwen3)
@@ -245,7 +254,7 @@ def test_an_unknown_sampling_param_suggests_the_nearest(name, nearest):
 
 
 def test_an_unknown_sampling_param_like_no_other_lists_the_names():
-    with pytest.raises(TypeError, match=r"'zzz'.*temperature.*max_tokens.*ignore_eos"):
+    with pytest.raises(TypeError, match=r"'zzz'.*temperature.*ignore_eos.*max_tokens"):
         SamplingParams(zzz=1)
 
 
@@ -403,8 +412,12 @@ junk = st.recursive(
 def test_junk_is_refused_or_served(llm, prompts, params):
     with contextlib.suppress(TypeError, ValueError):
         outputs = llm.generate(prompts, params if params is not None else greedy(1), use_tqdm=False)
-        assert len(outputs) == (1 if isinstance(prompts, str) else len(prompts))
+        assert len(outputs) == (1 if isinstance(prompts, (str, dict)) or is_ids(prompts) else len(prompts))
     assert_idle(llm)
+
+
+def is_ids(prompts: Any) -> bool:
+    return bool(prompts) and all(type(x) is int for x in prompts)
 
 
 # ---- what breaks half-way ----
@@ -639,7 +652,8 @@ def test_ctrl_c_at_any_line(qwen3, depth):
 def test_ctrl_c_at_each_line_that_takes_in_tokens(qwen3):
     """The lines where tokens, ends and results change hands, one by one: the hardest place to be interrupted."""
     scenario = Scenario(qwen3, depth=1)
-    places = {"postprocess", "finish", "_step", "step", "generate", "_release", "deallocate", "_output"}
+    places = {"postprocess", "finish", "_step", "step", "generate", "_release", "deallocate"}
+    places |= {"_run", "_postprocess", "_finish", "_enqueue", "output", "emit"}
     others = scenario.start()
     seen: dict[tuple[str, int], list[int]] = {}
     with InterruptAtLine() as counter:
@@ -760,6 +774,6 @@ def test_a_request_whose_logits_are_nan_ends_alone(qwen3):
         outputs = llm.generate([*prompts[:3], [1, 2, bad, 3], *prompts[3:]], greedy(20), use_tqdm=False)
         broken = outputs.pop(3)
         assert_matches(qwen3, prompts, outputs, 20)
-        assert all(0 <= token < VOCAB_SIZE for token in broken.token_ids)
-        assert broken.finish_reason == "error"
+        assert all(0 <= token < VOCAB_SIZE for token in broken["token_ids"])
+        assert broken.outputs[0].finish_reason == "error"
         assert_idle(llm)

@@ -392,7 +392,7 @@ def test_ends_by_eos(checkpoints, tmp_path, depth, options):
     watch = Watch(llm)
     outputs = run(llm, prompts, greedy(ignore_eos=False))
     assert_matches(checkpoint, prompts, outputs, eos=FREQUENT_EOS)
-    reasons = [output.finish_reason for output in outputs]
+    reasons = [output.outputs[0].finish_reason for output in outputs]
     assert reasons.count("stop") > 10
     assert (watch.num_wasted_rows > 10) if depth else (watch.num_wasted_rows == 0)
     assert_idle(llm)
@@ -421,7 +421,7 @@ def test_generation_stops_at_max_model_len(checkpoints, max_tokens):
     llm = checkpoint.llm(max_model_len=81)
     outputs = run(llm, prompts, greedy(max_tokens))
     assert_matches(checkpoint, prompts, outputs, [min(max_tokens or 81, 81 - len(prompt)) for prompt in prompts])
-    assert {output.finish_reason for output in outputs} == {"length"}
+    assert {output.outputs[0].finish_reason for output in outputs} == {"length"}
     assert max(len(prompt) for prompt in prompts) == 80
 
 
@@ -496,7 +496,8 @@ def test_text_in_and_out(checkpoints):
     for text, prompt, output in zip(texts, prompts, outputs, strict=True):
         assert output.prompt == text
         assert output.prompt_token_ids == prompt
-        assert output["text"] == output.text == tokenizer.decode(output["token_ids"], skip_special_tokens=True)
+        assert output["text"] == output.outputs[0].text
+        assert output["text"] == tokenizer.decode(output["token_ids"], skip_special_tokens=True)
     (single,) = llm.generate("Hello there", greedy(20), use_tqdm=False)
     assert single["token_ids"] == outputs[0]["token_ids"]
     mixed = llm.generate(["a", prompts[0]], greedy(20), use_tqdm=False)

@@ -67,14 +67,16 @@ def test_same_greedy_tokens_as_transformers(llm, chat_prompts):
         top = torch.stack(expected.logits)[:, 0].topk(2).values  # [tokens, 2]
         ties = (top[:, 0] - top[:, 1] < TIE_MARGIN).nonzero().flatten().tolist()
         length = ties[0] if ties else len(token_ids)
-        assert output.token_ids[:length] == token_ids[:length]
+        assert output["token_ids"][:length] == token_ids[:length]
         if not ties:
-            assert output.token_ids == token_ids
-            assert output.finish_reason == ("stop" if token_ids[-1] in llm.config.eos_token_ids else "length")
+            assert output["token_ids"] == token_ids
+            ended = token_ids[-1] in llm.config.eos_token_ids
+            assert output.outputs[0].finish_reason == ("stop" if ended else "length")
             num_compared += 1
     assert num_compared >= 4, "more than one of these prompts came near a tie"
-    assert {output.finish_reason for output in outputs} == {"stop", "length"}, "both ways of ending should be seen"
-    assert "Paris" in outputs[0].text
+    reasons = {output.outputs[0].finish_reason for output in outputs}
+    assert reasons == {"stop", "length"}, "both ways of ending should be seen"
+    assert "Paris" in outputs[0]["text"]
 
 
 @pytest.fixture

@@ -405,4 +405,4 @@ def test_default_choices(model):
         assert llm.model_runner.graphs is not None
         assert llm.model_runner.model.lm_head.weight.device.type == "cuda"
         (output,) = llm.generate("Hello", greedy(4), use_tqdm=False)
-        assert len(output.token_ids) == 4
+        assert len(output["token_ids"]) == 4

@@ -136,7 +136,12 @@ def prepare_prefill(seqs: list[Sequence], device: torch.device) -> PrefillBatch:
 
 def prepare_sample(seqs: list[Sequence], vocab_size: int, device: torch.device) -> LogitsAdjustments | None:
     """What the rows that ask for more than a temperature need; None if none does."""
-    asking = [(row, seq) for row, seq in enumerate(seqs) if seq.sampling_params.adjusts_logits]
+    asking = [
+        (row, seq)
+        for row, seq in enumerate(seqs)
+        # In the middle of a prompt nothing is drawn, and users' callables expect to be asked once a token.
+        if seq.sampling_params.adjusts_logits and seq.num_cached_tokens + seq.num_scheduled_tokens == seq.num_tokens
+    ]
     if not asking:
         return None
     params = [seq.sampling_params for _, seq in asking]

@@ -13,16 +13,28 @@ class Detokenizer:
     def __init__(self, tokenizer: Any, params: SamplingParams):
         self.tokenizer = tokenizer
         self.params = params
-        self.text = ""
-        self.stopped_by: str | None = None
         self.num_emitted = 0  # characters given out by `take`
         # A stop string may begin in what is already there: that much is held back until it is known not to.
         self.held_back = 0 if params.include_stop_str_in_output else max(map(len, params.stop_strings), default=1) - 1
-        self._stream = DecodeStream(skip_special_tokens=params.skip_special_tokens)
         self._known_ids = len(tokenizer)
+        self.reset()
 
-    def append(self, token_id: int, num_tokens: int) -> bool:
-        """Take in the completion's next token, its `num_tokens`-th; whether that completed a stop string."""
+    def reset(self) -> None:
+        """Start over: the next `follow` reads every token again. What `take` gave out stays given out."""
+        self.text = ""
+        self.stopped_by: str | None = None
+        self.num_tokens = 0  # that `follow` has read
+        self._stream = DecodeStream(skip_special_tokens=self.params.skip_special_tokens)
+
+    def follow(self, token_ids: list[int], begin: int) -> bool:
+        """Read what is new in `token_ids`, whose completion begins at `begin`; whether a stop string is complete."""
+        for token_id in token_ids[begin + self.num_tokens :]:
+            self.num_tokens += 1
+            if self._append(token_id):
+                return True
+        return False
+
+    def _append(self, token_id: int) -> bool:
         if not 0 <= token_id < self._known_ids:  # an embedding is often padded beyond the tokenizer's vocabulary
             return False
         piece = self._stream.step(self.tokenizer._tokenizer, token_id)
@@ -30,7 +42,7 @@ class Detokenizer:
             return False
         start = len(self.text)
         self.text += piece
-        return num_tokens >= self.params.min_tokens and self._find_stop(start)
+        return self.num_tokens >= self.params.min_tokens and self._find_stop(start)
 
     def _find_stop(self, start: int) -> bool:
         """Look for the stop string that ends first among those that end after `start`."""
@@ -67,4 +79,5 @@ def decode(tokenizer: Any, token_ids: list[int], params: SamplingParams) -> str:
         [token_id for token_id in token_ids if 0 <= token_id < known],
         skip_special_tokens=params.skip_special_tokens,
         spaces_between_special_tokens=params.spaces_between_special_tokens,
+        clean_up_tokenization_spaces=False,  # it looks ahead, which a stream cannot
     )

@@ -20,7 +20,7 @@ class InputProcessor:
         self.tokenizer = tokenizer
         self.num_blocks = num_blocks
         self.default_params = default_sampling_params(Path(config.model))
-        self._random = random.Random(config.seed)
+        self._random = random.Random(str(config.seed))  # an int would lose its sign
         self._grammars: GrammarCompiler | None = None
 
     def make_requests(self, prompts: Any, sampling_params: Any) -> list[Request]:
@@ -58,7 +58,7 @@ class InputProcessor:
         self._check_params(params)
         request = Request(text, token_ids, params, self.tokenizer)
         request.bad_words_ids = self._bad_words_ids(params)
-        seed = self._random.getrandbits(64) if params.seed is None else params.seed
+        seed = self._random.getrandbits(64) if params.seed in (None, -1) else params.seed
         grammar = self._grammar(params)
         for index in range(params.n):
             seq = Sequence(
@@ -69,19 +69,27 @@ class InputProcessor:
             request.seqs.append(seq)
         return request
 
-    def apply_chat_template(self, conversations: list[Any], **kwargs: Any) -> list[list[int]]:
-        """Conversations -> token ids, by the template's own words (transformers runs it in a sandbox)."""
+    def apply_chat_template(self, messages: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        """One conversation or a list of them -> prompts, by the template's own words.
+
+        transformers runs the template in a sandbox. It writes special tokens itself, so none are added to its text.
+        """
+        if not isinstance(messages, (list, tuple)):
+            raise TypeError(f"messages must be a list, got {messages!r} of type {type(messages).__name__}")
+        conversations: Any = messages if messages and isinstance(messages[0], (list, tuple)) else [messages]
         if self.tokenizer.chat_template is None and kwargs.get("chat_template") is None:
             raise ValueError(
                 "this tokenizer has no chat template: pass chat_template=, or use generate() with a prompt"
             )
         for conversation in conversations:
-            if not conversation or not all(isinstance(message, dict) for message in conversation):
+            is_list = isinstance(conversation, (list, tuple)) and len(conversation) > 0
+            if not is_list or not all(isinstance(message, dict) for message in conversation):
                 raise TypeError(f"messages must be a list of dicts with 'role' and 'content', got {conversation!r}")
         texts = [
             self.tokenizer.apply_chat_template(conversation, tokenize=False, **kwargs) for conversation in conversations
         ]
-        return [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        encode = self.tokenizer.encode
+        return [{"prompt": text, "prompt_token_ids": encode(text, add_special_tokens=False)} for text in texts]
 
     def _tokenize(self, prompt: Any, name: str) -> tuple[str | None, list[int]]:
         if isinstance(prompt, dict):
@@ -92,6 +100,8 @@ class InputProcessor:
                 return prompt["prompt"], self._check_ids(prompt["prompt_token_ids"], name)
             prompt = prompt[keys[0]]
         if isinstance(prompt, str):
+            if not prompt:  # even where the tokenizer begins every text with a token of its own
+                raise ValueError(f"{name} is empty: a prompt needs at least one token")
             return prompt, self._check_ids(self.tokenizer.encode(prompt), name)
         return None, self._check_ids(prompt, name)
 
@@ -164,7 +174,7 @@ class InputProcessor:
 def fold_seed(seed: int, index: int) -> int:
     """A signed 64-bit seed for each completion of a request (the finaliser of SplitMix64, Steele et al. 2014)."""
     mask = 2**64 - 1
-    x = (seed + index * 0x9E3779B97F4A7C15) & mask
+    x = (int(seed) + index * 0x9E3779B97F4A7C15) & mask
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
     x ^= x >> 31

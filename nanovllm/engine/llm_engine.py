@@ -6,6 +6,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
@@ -51,8 +52,11 @@ class LLMEngine:
         self._in_flight: deque[tuple[list[Sequence], list[Sequence | None], PendingTokens, bool]] = deque()
         self._requests: dict[int, Request] = {}  # every unfinished request
         self._step_call = Call()  # of the requests that `add_request` queued and `step` reports
-        self._interrupted = False  # a step began and did not end
+        self._interrupted = False  # whoever changed the state above did not get to the end
+        # Not a Lock: Ctrl-C may strike where a `with` is left, and the clean-up must get in all the same.
         self._lock = threading.RLock()
+        self._busy_thread: int | None = None  # which holds the lock
+        self._aborts: deque[int] = deque()  # asked for in the middle of a step
         logger.info(
             "%s on %s in %s, attention by %s, cache of %d blocks (%d tokens), ready in %.2f s",
             config.hf_config.architectures[0], config.device, str(config.dtype).removeprefix("torch."),
@@ -66,7 +70,9 @@ class LLMEngine:
 
         Raises TypeError or ValueError for a prompt or parameters that cannot be served.
         """
-        request = self.input_processor.make_request(prompt, sampling_params or self.input_processor.default_params)
+        if sampling_params is None:
+            sampling_params = self.input_processor.default_params
+        request = self.input_processor.make_request(prompt, sampling_params)
         self._enqueue([request], self._step_call)
         return request.request_id
 
@@ -76,7 +82,7 @@ class LLMEngine:
         Returns the finished requests as (request id, token ids), one for each completion, and the number of tokens
         computed.
         """
-        with self._lock:
+        with self._exclusive():
             num_tokens = self._step() if self._requests else 0
             finished, self._step_call.finished = self._step_call.finished, []
         return [
@@ -89,20 +95,29 @@ class LLMEngine:
 
     def abort(self, request_id: int) -> None:
         """End a request now, with what it has and `finish_reason` "abort"; harmless if it is finished or unknown."""
+        self._aborts.append(request_id)
+        # A user's callable may ask in the middle of a step, and so may the garbage collector, when it finds a stream
+        # that was left: then the step does it at its end.
+        if self._busy_thread != threading.get_ident():
+            with self._exclusive():
+                self._abort_all()
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Alone with the state of the requests, which is put in order first if the last one here was interrupted."""
         with self._lock:
-            self._drain()
-            request = self._requests.get(request_id)
-            if request is not None:
-                for seq in request.seqs:
-                    if not seq.is_finished:
-                        self.scheduler.finish(seq, "abort")
-                        self._finish(seq, [])
+            try:
+                self._busy_thread = threading.get_ident()
+                if self._interrupted:
+                    self._recover()
+                self._interrupted = True
+                yield
+                self._interrupted = False
+            finally:
+                self._busy_thread = None
 
     def _step(self) -> int:
-        """Returns the number of tokens launched."""
-        if self._interrupted:
-            self._recover()
-        self._interrupted = True
+        """Returns the number of tokens launched. To be called within `_exclusive`."""
         seqs, is_prefill = self.scheduler.schedule()
         num_tokens = 0
         if seqs:
@@ -110,11 +125,26 @@ class LLMEngine:
             num_tokens = sum([seq.num_scheduled_tokens for seq in seqs])
             self._in_flight.append((seqs, self.scheduler.advance(seqs), step, is_prefill))
         # Draws that depend on the tokens before them leave nothing in flight.
-        depth = 0 if not seqs or any([seq.reads_tokens for seq in seqs]) else self.depth
+        self._drain(0 if not seqs or any([seq.reads_tokens for seq in seqs]) else self.depth)
+        if self._aborts:
+            self._abort_all()
+        return num_tokens
+
+    def _drain(self, depth: int = 0) -> None:
+        """Take in the tokens of all steps in flight but the last `depth`."""
         while len(self._in_flight) > depth:
             self._postprocess(*self._in_flight.popleft())
-        self._interrupted = False
-        return num_tokens
+
+    def _abort_all(self) -> None:
+        """End the requests whose ids are in `_aborts`."""
+        self._drain()
+        while self._aborts:
+            request = self._requests.get(self._aborts[0])
+            for seq in request.seqs if request is not None else ():
+                if not seq.is_finished:
+                    self.scheduler.finish(seq, "abort")
+                    self._finish(seq)
+            self._aborts.popleft()
 
     def _postprocess(
         self, seqs: list[Sequence], sampling: list[Sequence | None], step: PendingTokens, is_prefill: bool
@@ -136,19 +166,18 @@ class LLMEngine:
         ]
         finished = self.scheduler.postprocess(sampling, token_ids)
         for row in watched:
-            seq, token_id = seqs[row], token_ids[row]
-            if token_id < 0:
+            seq = seqs[row]
+            if seq.finish_reason == "error":
                 continue
-            num_tokens = len(seq.token_ids) - seq.num_prompt_tokens
-            if seq.detokenizer is not None and seq.detokenizer.append(token_id, num_tokens):
+            if seq.detokenizer is not None and seq.detokenizer.follow(seq.token_ids, seq.num_prompt_tokens):
                 seq.stop_reason = seq.detokenizer.stopped_by
                 finished += self._stop(seq)
             elif seq.grammar is not None and seq.grammar.is_finished(seq.completion_token_ids):
                 finished += self._stop(seq)
             if not seq.is_finished:
-                seq.request.emit(seq, [token_id])
+                seq.request.emit(seq)
         for seq in finished:
-            self._finish(seq, seq.token_ids[-1:] if seq.finish_reason != "error" else [])
+            self._finish(seq)
 
     def _stop(self, seq: Sequence) -> list[Sequence]:
         """End `seq` for what its text says; the list of it, if the scheduler had not ended it already."""
@@ -158,50 +187,65 @@ class LLMEngine:
         self.scheduler.finish(seq, "stop")
         return [seq]
 
-    def _finish(self, seq: Sequence, token_ids: list[int]) -> None:
-        """`seq` has ended with `token_ids`; if it is the last of its request, so has that."""
+    def _finish(self, seq: Sequence) -> None:
+        """`seq` has ended; if it is the last of its request, so has that."""
         request = seq.request
         if seq.detokenizer is not None:
             seq.detokenizer.finish(seq.completion_token_ids)
-        request.emit(seq, token_ids)
-        request.num_unfinished -= 1
-        if not request.num_unfinished:
-            request.metrics.finished_time = time.time()
-            del self._requests[request.request_id]
-            request.call.num_unfinished -= 1
-            request.call.finished.append(request)
+        request.emit(seq)
+        if request.is_finished:
+            self._report(request)
 
-    def _drain(self) -> None:
-        """Take in whatever is in flight."""
-        if self._interrupted:
-            self._recover()
-        while self._in_flight:
-            self._postprocess(*self._in_flight.popleft())
+    def _report(self, request: Request) -> None:
+        """Hand a finished request to whoever waits for it. An interrupted one is done again, hence the order."""
+        call = request.call
+        request.metrics.finished_time = time.time()
+        if request not in call.finished:
+            call.finished.append(request)
+        call.unfinished.discard(request.request_id)
+        self._requests.pop(request.request_id, None)
 
     def _recover(self) -> None:
         """After an interruption anywhere: let the device finish, then start the surviving requests over."""
         while self._in_flight:
             self._in_flight.popleft()[2].wait()
-        survivors = (seq for request in self._requests.values() for seq in request.seqs if not seq.is_finished)
+        survivors = []
+        for request in list(self._requests.values()):
+            for seq in request.seqs:
+                if not seq.is_finished and len(seq.token_ids) > seq.num_prompt_tokens and (end := seq.end_reason()):
+                    seq.finish(end)
+                if seq.is_finished:  # but perhaps nobody was told
+                    self._finish(seq)
+                else:
+                    if seq.detokenizer is not None:
+                        seq.detokenizer.reset()
+                    del seq.logprobs[len(seq.token_ids) - seq.num_prompt_tokens :]
+                    survivors.append(seq)
         self.scheduler.reset(survivors)
         self._interrupted = False
 
     def _enqueue(self, requests: list[Request], call: Call, stream: bool = False) -> None:
-        with self._lock:
-            for request in requests:
-                request.call = call
-                call.num_unfinished += 1
-                request.start(stream)
-                self._requests[request.request_id] = request
-                for seq in request.seqs:
-                    self.scheduler.add(seq)
+        try:
+            with self._lock:
+                for request in requests:
+                    request.call = call
+                    call.unfinished.add(request.request_id)
+                    request.start(stream)
+                    self._requests[request.request_id] = request
+                    for seq in request.seqs:
+                        self.scheduler.add(seq)
+        except BaseException:
+            self._drop(requests)
+            raise
 
     def _drop(self, requests: list[Request]) -> None:
         """Take a failed or abandoned call's requests out, whatever state they are in."""
+        for request in requests:
+            self._requests.pop(request.request_id, None)
         with self._lock:
-            for request in requests:
-                self._requests.pop(request.request_id, None)
-            self._recover()
+            self._interrupted = True
+            with self._exclusive():  # which recovers
+                pass
 
     # ---- many requests ----
 
@@ -239,12 +283,11 @@ class LLMEngine:
     ) -> list[RequestOutput]:
         """`generate` for one conversation or a list of them, put into words by the model's chat template.
 
-        `tools` and `chat_template_kwargs` are passed to the template. Raises ValueError if the tokenizer has no template
-        and none is given.
+        `tools` and `chat_template_kwargs` are passed to the template. Raises ValueError if the tokenizer has no
+        template and none is given.
         """
-        conversations: list[Any] = messages if messages and isinstance(messages[0], (list, tuple)) else [messages]
-        prompts = self.input_processor.apply_chat_template(
-            conversations,
+        prompts: list[Any] = self.input_processor.apply_chat_template(
+            messages,
             chat_template=chat_template,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -258,24 +301,24 @@ class LLMEngine:
     ) -> Iterator[StreamDelta]:
         """Complete one or several prompts and yield what is new as it comes, for scripts and notebook cells.
 
-        The deltas of a completion add up to the text that `generate` returns. Leaving the loop early aborts the requests.
-        The arguments are checked at once, not at the first delta.
+        The deltas of a completion add up to the text that `generate` returns. Leaving the loop early aborts the
+        requests. The arguments are checked at once, not at the first delta.
         """
         requests = self.input_processor.make_requests(prompts, sampling_params)
         return self._stream(requests)
 
     def _stream(self, requests: list[Request]) -> Iterator[StreamDelta]:
         call = Call()
-        self._enqueue(requests, call, stream=True)
         try:
+            self._enqueue(requests, call, stream=True)
             while True:
                 for request in requests:
                     deltas, request.deltas = request.deltas or [], []
                     yield from (delta for delta in deltas if delta.text or delta.token_ids or delta.finish_reason)
-                if not call.num_unfinished:
+                if not call.unfinished:
                     return
-                with self._lock:
-                    if call.num_unfinished:
+                with self._exclusive():
+                    if call.unfinished:
                         self._step()
         except GeneratorExit:
             for request in requests:
@@ -290,9 +333,9 @@ class LLMEngine:
         start, num_prompt, num_output = perf_counter(), 0, 0
         try:
             self._enqueue(requests, call)
-            while call.num_unfinished:
-                with self._lock:
-                    if call.num_unfinished:  # another thread's step may have finished the last
+            while call.unfinished:
+                with self._exclusive():
+                    if call.unfinished:  # another thread's step may have finished the last
                         self._step()
                 # Texts are made here, while the device computes the next step, and not all at the end.
                 finished, call.finished = call.finished, []
@@ -322,7 +365,7 @@ class LLMEngine:
 
     def reset_prefix_cache(self) -> None:
         """Forget cached prefixes; running requests go on."""
-        with self._lock:
+        with self._exclusive():
             self._drain()
             self.block_manager.reset_prefix_cache()
 

@@ -17,7 +17,7 @@ _ids = count()
 class Call:
     """Whoever waits for a set of requests: one `generate`, one `stream`, or the user of `step`."""
 
-    num_unfinished: int = 0
+    unfinished: set[int] = field(default_factory=set)  # request ids
     finished: list["Request"] = field(default_factory=list)
 
 
@@ -29,39 +29,51 @@ class Request:
         self.params = params
         self.tokenizer = tokenizer
         self.seqs: list[Sequence] = []
-        self.num_unfinished = 0  # of its sequences
         self.bad_words_ids: list[list[int]] = []
         self.call = Call()
         self.deltas: list[StreamDelta] | None = None  # collected if somebody streams
+        self.num_emitted: list[int] = []  # tokens of each completion that the deltas have told of
+        self.closed: set[int] = set()  # completions whose end they have told of
         self.metrics = RequestMetrics(arrival_time=time.time())
 
     def start(self, stream: bool) -> None:
         """Before it is queued: follow the text of the completions, if stop strings or a stream need it."""
-        self.num_unfinished = len(self.seqs)
         if stream:
             self.deltas = []
+            self.num_emitted = [0] * len(self.seqs)
         if self.params.detokenize and (stream or self.params.stop_strings):
             for seq in self.seqs:
                 seq.detokenizer = Detokenizer(self.tokenizer, self.params)
         for seq in self.seqs:
             seq.is_watched = stream or seq.detokenizer is not None or seq.grammar is not None
 
-    def emit(self, seq: Sequence, token_ids: list[int]) -> None:
+    @property
+    def is_finished(self) -> bool:
+        return all([seq.is_finished for seq in self.seqs])
+
+    def emit(self, seq: Sequence) -> None:
         """Tell the stream, if there is one, what is new of `seq`."""
         if self.deltas is not None:
             text = seq.detokenizer.take() if seq.detokenizer is not None else ""
+            token_ids = seq.token_ids[seq.num_prompt_tokens + self.num_emitted[seq.index] :]
+            self.num_emitted[seq.index] += len(token_ids)
+            if seq.finish_reason is not None:
+                if seq.index in self.closed:
+                    return
+                self.closed.add(seq.index)
             self.deltas.append(StreamDelta(self.request_id, seq.index, text, token_ids, seq.finish_reason))
 
     def output(self) -> RequestOutput:
         """Everything there is of it so far."""
-        self.metrics.num_cached_prompt_tokens = max(seq.num_prefix_cached_tokens for seq in self.seqs)
+        # Of the first completion: the others share its prompt, so of theirs it says nothing.
+        self.metrics.num_cached_prompt_tokens = self.seqs[0].num_prefix_cached_tokens
         self.metrics.num_preemptions = sum(seq.num_preemptions for seq in self.seqs)
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
             outputs=[self._completion(seq) for seq in self.seqs],
-            finished=not self.num_unfinished,
+            finished=self.is_finished,
             metrics=self.metrics,
             prompt_logprobs=self._prompt_logprobs(),
         )
@@ -81,7 +93,7 @@ class Request:
             index=seq.index,
             text=text,
             token_ids=token_ids,
-            cumulative_logprob=None if logprobs is None else sum(entry[0] for entry in seq.logprobs),
+            cumulative_logprob=None if logprobs is None else sum(entry[0] for entry in seq.logprobs[: len(token_ids)]),
             logprobs=logprobs,
             finish_reason=seq.finish_reason,
             stop_reason=seq.stop_reason,

@@ -103,8 +103,6 @@ class Scheduler:
             if token_id in seq.stop_ids:
                 self._observe_completion(seq)
                 self.finish(seq, "stop")
-                if token_id in (seq.sampling_params.stop_token_ids or ()):
-                    seq.stop_reason = token_id
                 finished.append(seq)
             elif len(seq.token_ids) >= seq.max_num_tokens:
                 self.finish(seq, "length")
@@ -119,9 +117,7 @@ class Scheduler:
             self.running.remove(seq)
         else:
             self.waiting.remove(seq)
-        seq.num_tokens = len(seq.token_ids)
-        seq.status = SequenceStatus.FINISHED
-        seq.finish_reason = reason
+        seq.finish(reason)
 
     def preempt(self, seq: Sequence) -> None:
         """Send a running sequence back to the front of the queue; its KV is recomputed, or found in the cache."""

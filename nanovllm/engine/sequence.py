@@ -120,6 +120,19 @@ class Sequence:
         """Take in the id of a token that `num_tokens` already counts."""
         self.token_ids.append(token_id)
 
+    def end_reason(self) -> str | None:
+        """Why the newest token is the last, if it is; the scheduler checks the same in `postprocess`."""
+        if self.last_token in self.stop_ids:
+            return "stop"
+        return "length" if len(self.token_ids) >= self.max_num_tokens else None
+
+    def finish(self, reason: str) -> None:
+        self.num_tokens = len(self.token_ids)
+        self.status = SequenceStatus.FINISHED
+        self.finish_reason = reason
+        if reason == "stop" and self.last_token in (self.sampling_params.stop_token_ids or ()):
+            self.stop_reason = self.last_token
+
     def rewind(self) -> None:
         """Back to the waiting queue with nothing computed and no unread token; the ids read so far are kept."""
         self.status = SequenceStatus.WAITING

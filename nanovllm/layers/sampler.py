@@ -1,7 +1,7 @@
 """Logits to one token a row. Rows that ask for more than a temperature have their logits adjusted first.
 
-The order is vLLM's: allowed -> bad words -> min_tokens -> bias -> penalties -> temperature -> min-p -> top-k -> top-p ->
-draw. Everything before the temperature changes logits; the filters after it only take tokens out.
+The order is vLLM's: allowed -> bad words -> min_tokens -> bias -> penalties -> temperature -> min-p -> top-k ->
+top-p -> draw. Everything before the temperature changes logits; the filters after it only take tokens out.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ NEG_INF = float("-inf")
 
 @dataclass(slots=True)
 class LogitsAdjustments:
-    """What `n` of a batch's rows ask for; device tensors, index pairs as [2, m] int64 of (row among the n, token id)."""
+    """What `n` of a batch's rows ask for; device tensors; index pairs are [2, m] int64 of (row among the n, id)."""
 
     rows: torch.Tensor  # [n] int64, rows of the batch
     temperatures: torch.Tensor  # [n] float32
@@ -44,13 +44,14 @@ class Sampler(nn.Module):
     ) -> torch.Tensor:
         """logits [B, vocab]; temperatures [B] float32; seeds, positions [B] int64 -> token ids [B] int64."""
         if adjustments is not None:
-            logits = logits.float()  # a copy, unless they are float32 already
-            logits[adjustments.rows] = adjust_logits(logits[adjustments.rows], adjustments)
+            rows = adjustments.rows
+            # Not in place: log probabilities are of the logits as they were.
+            logits = logits.float().index_copy(0, rows, adjust_logits(logits[rows].float(), adjustments))
         return gumbel_argmax(logits, temperatures, seeds, positions)
 
 
 def adjust_logits(logits: torch.Tensor, a: LogitsAdjustments) -> torch.Tensor:
-    """logits [n, vocab] float32 -> the same, still to be divided by the temperature, with what may not be drawn at -inf."""
+    """logits [n, vocab] float32 -> the same, not yet divided by the temperature, with -inf for what may not be drawn."""
     if a.allowed is not None:
         logits = logits.masked_fill(~a.allowed, NEG_INF)
     if a.banned is not None:

@@ -23,7 +23,10 @@ def check_float(name: str, value: Any, low: float, high: float = math.inf) -> fl
     span = f"a finite number of at least {low}" if high == math.inf else f"a number from {low} to {high}"
     if isinstance(value, bool) or (not isinstance(value, (int, float)) and not hasattr(value, "__float__")):
         raise TypeError(f"{name} must be {span}, got {value!r} of type {type(value).__name__}")
-    value = float(value)
+    try:
+        value = float(value)
+    except OverflowError:  # an integer beyond floats
+        raise ValueError(f"{name} must be {span}, got {value}") from None
     if not math.isfinite(value) or not low <= value <= high:
         raise ValueError(f"{name} must be {span}, got {value}")
     return value
