@@ -17,6 +17,8 @@ class SdpaBackend(AttentionBackend):
         ints; and the mask of the decodes, [num_decodes, their longest context] bool."""
         offsets = torch.arange(context.max_context_len, device=context.block_tables.device)
         slots = context.block_tables[:, offsets // self.block_size].long() * self.block_size + offsets % self.block_size
+        # A mask takes a weight to 0, but 0 · NaN is NaN: past its context a row reads its own first slot again.
+        slots = slots.where(offsets < context.context_lens[:, None], slots[:, :1])
         lens = context.context_lens.tolist()
         starts = list(range(len(lens) + 1)) if context.cu_seqlens_q is None else context.cu_seqlens_q.tolist()
         longest = max(lens[: context.num_decodes], default=0)

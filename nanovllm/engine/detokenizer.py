@@ -27,7 +27,7 @@ class Detokenizer:
         self._stream = DecodeStream(skip_special_tokens=self.params.skip_special_tokens)
 
     def follow(self, token_ids: list[int], begin: int) -> bool:
-        """Read what is new in `token_ids`, whose completion begins at `begin`; whether it completes a stop string."""
+        """Read what is new in `token_ids`, whose completion begins at `begin`; whether a stop string is complete."""
         for token_id in token_ids[begin + self.num_tokens :]:
             self.num_tokens += 1
             if self._append(token_id):

@@ -100,12 +100,8 @@ class InputProcessor:
                 return prompt["prompt"], self._check_ids(prompt["prompt_token_ids"], name)
             prompt = prompt[keys[0]]
         if isinstance(prompt, str):
-            if not prompt:  # some tokenizers would make one token of it, the one that begins every text
+            if not prompt:  # even where the tokenizer begins every text with a token of its own
                 raise ValueError(f"{name} is empty: a prompt needs at least one token")
-            try:
-                prompt.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"{name} is not valid Unicode: {error}") from None
             return prompt, self._check_ids(self.tokenizer.encode(prompt), name)
         return None, self._check_ids(prompt, name)
 

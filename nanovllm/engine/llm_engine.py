@@ -53,7 +53,8 @@ class LLMEngine:
         self._requests: dict[int, Request] = {}  # every unfinished request
         self._step_call = Call()  # of the requests that `add_request` queued and `step` reports
         self._interrupted = False  # whoever changed the state above did not get to the end
-        self._lock = threading.Lock()
+        # Not a Lock: Ctrl-C may strike where a `with` is left, and the clean-up must get in all the same.
+        self._lock = threading.RLock()
         self._busy_thread: int | None = None  # which holds the lock
         self._aborts: deque[int] = deque()  # asked for in the middle of a step
         logger.info(
@@ -97,21 +98,13 @@ class LLMEngine:
         self._aborts.append(request_id)
         # A user's callable may ask in the middle of a step, and so may the garbage collector, when it finds a stream
         # that was left: then the step does it at its end.
-        if not self._is_within_step():
+        if self._busy_thread != threading.get_ident():
             with self._exclusive():
                 self._abort_all()
-
-    def _is_within_step(self) -> bool:
-        """Whether whoever asks was called by a step of this engine."""
-        return self._lock.locked() and self._busy_thread == threading.get_ident()
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         """Alone with the state of the requests, which is put in order first if the last one here was interrupted."""
-        if self._is_within_step():
-            raise RuntimeError("the engine is in the middle of a step: it cannot be used from within one")
-        if not self._finalizer.alive:
-            raise RuntimeError("this engine is closed: make a new LLM")
         with self._lock:
             try:
                 self._busy_thread = threading.get_ident()
@@ -232,10 +225,6 @@ class LLMEngine:
         self._interrupted = False
 
     def _enqueue(self, requests: list[Request], call: Call, stream: bool = False) -> None:
-        if self._is_within_step():
-            raise RuntimeError("the engine is in the middle of a step: it cannot be used from within one")
-        if not self._finalizer.alive:
-            raise RuntimeError("this engine is closed: make a new LLM")
         try:
             with self._lock:
                 for request in requests:
@@ -253,9 +242,8 @@ class LLMEngine:
         """Take a failed or abandoned call's requests out, whatever state they are in."""
         for request in requests:
             self._requests.pop(request.request_id, None)
-        if not self._is_within_step():
-            with self._lock:
-                self._interrupted = True
+        with self._lock:
+            self._interrupted = True
             with self._exclusive():  # which recovers
                 pass
 

@@ -199,7 +199,9 @@ class Forecast:
         to_come = seq.max_num_tokens - seq.num_tokens
         if not seq.sampling_params.ignore_eos:
             to_come = int(to_come * self.completion_ratio)
-        num_blocks = -(-(seq.num_tokens + to_come) // self.block_size) - seq.num_blocks
+        num_blocks = -(-to_come // self.block_size)
+        if seq.num_tokens + to_come - 1 <= seq.num_blocks * self.block_size:  # the last token is never computed
+            num_blocks = 0
         self.total_to_come += num_blocks
         insort(self.ends, (num_blocks, seq.num_blocks))
 

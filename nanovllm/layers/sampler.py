@@ -1,7 +1,7 @@
 """Logits to one token a row. Rows that ask for more than a temperature have their logits adjusted first.
 
-The order is vLLM's: allowed -> bad words -> min_tokens -> bias -> penalties -> temperature -> min-p -> top-k -> top-p
--> draw. Everything before the temperature changes logits; the filters after it only take tokens out.
+The order is vLLM's: allowed -> bad words -> min_tokens -> bias -> penalties -> temperature -> min-p -> top-k ->
+top-p -> draw. Everything before the temperature changes logits; the filters after it only take tokens out.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ NEG_INF = float("-inf")
 
 @dataclass(slots=True)
 class LogitsAdjustments:
-    """What `n` of a batch's rows ask for; device tensors; index pairs are [2, m] int64, (row among the n, token id)."""
+    """What `n` of a batch's rows ask for; device tensors; index pairs are [2, m] int64 of (row among the n, id)."""
 
     rows: torch.Tensor  # [n] int64, rows of the batch
     temperatures: torch.Tensor  # [n] float32
