@@ -240,12 +240,13 @@ class PaddedDecode:
         self.buckets = batch_buckets(llm.config.max_num_seqs)
         self.sizes: list[tuple[int, int]] = []
 
-    def replay(self, rows: torch.Tensor) -> torch.Tensor:
+    def replay(self, rows: torch.Tensor, sample: bool = True) -> tuple[torch.Tensor, ...]:
+        assert sample
         bucket = min(size for size in self.buckets if size >= len(rows))
         self.sizes.append((len(rows), bucket))
         padded = torch.full((bucket,), self.runner.state.padding_row)
         padded[: len(rows)] = rows
-        return self.runner.run_decode(padded, self.runner.config.max_model_len)[: len(rows)]
+        return (self.runner.run_decode(padded, self.runner.config.max_model_len)[: len(rows)],)
 
     def clear(self) -> None:
         pass

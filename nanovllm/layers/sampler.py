@@ -51,7 +51,7 @@ class Sampler(nn.Module):
 
 
 def adjust_logits(logits: torch.Tensor, a: LogitsAdjustments) -> torch.Tensor:
-    """logits [n, vocab] float32 -> the same, not yet divided by the temperature, with -inf for what may not be drawn."""
+    """logits [n, vocab] float32 -> the same, not yet divided by the temperature, -inf for what may not be drawn."""
     if a.allowed is not None:
         logits = logits.masked_fill(~a.allowed, NEG_INF)
     if a.banned is not None:
