@@ -2,12 +2,14 @@
 
 import logging
 
+from nanovllm.async_llm import AsyncLLM
 from nanovllm.llm import LLM
 from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput, StreamDelta
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "Logprob",
     "RequestOutput",

@@ -15,7 +15,20 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each layer may import those after it and its own. `utils` and `sampling_params` and the like import nothing of ours
 # but each other; `config` asks the attention backends what they can do.
-LAYERS = ["llm", "engine", "models", "layers", "config", "attention", "kernels", "outputs", "sampling_params", "utils"]
+LAYERS = [
+    "__main__",
+    "async_llm",
+    "llm",
+    "engine",
+    "models",
+    "layers",
+    "config",
+    "attention",
+    "kernels",
+    "outputs",
+    "sampling_params",
+    "utils",
+]
 PLAIN = ["scheduler", "block_manager", "sequence"]
 
 

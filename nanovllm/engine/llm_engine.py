@@ -97,14 +97,18 @@ class LLMEngine:
         """End a request now, with what it has and `finish_reason` "abort"; harmless if it is finished or unknown."""
         self._aborts.append(request_id)
         # A user's callable may ask in the middle of a step, and so may the garbage collector, when it finds a stream
-        # that was left: then the step does it at its end.
-        if self._busy_thread != threading.get_ident():
+        # that was left: then the step does it at its end. After `close` there is nothing left to end.
+        if self._finalizer.alive and self._busy_thread != threading.get_ident():
             with self._exclusive():
                 self._abort_all()
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         """Alone with the state of the requests, which is put in order first if the last one here was interrupted."""
+        if self._busy_thread == threading.get_ident():  # a user's callable; waiting for the lock would be for ever
+            raise RuntimeError("the engine is in the middle of a step: it cannot be used from within one")
+        if not self._finalizer.alive:
+            raise RuntimeError("this engine is closed: make a new LLM")
         with self._lock:
             try:
                 self._busy_thread = threading.get_ident()
@@ -274,19 +278,35 @@ class LLMEngine:
         messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
         sampling_params: SamplingParams | list[SamplingParams] | None = None,
         use_tqdm: bool = True,
-        *,
+        **kwargs: Any,
+    ) -> list[RequestOutput]:
+        """`generate` for one conversation or a list of them; `kwargs` as `chat_prompts` takes them."""
+        return self.generate(self.chat_prompts(messages, **kwargs), sampling_params, use_tqdm)
+
+    def chat_prompts(
+        self,
+        messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
-    ) -> list[RequestOutput]:
-        """`generate` for one conversation or a list of them, put into words by the model's chat template.
+    ) -> list[dict[str, Any]]:
+        """Conversations put into words by the model's chat template: prompts for `generate` or `stream`.
 
-        `tools` and `chat_template_kwargs` are passed to the template. Raises ValueError if the tokenizer has no
-        template and none is given.
+        Args:
+            messages: a list of {"role": …, "content": …}, or a list of such lists.
+            chat_template: a Jinja template to use instead of the tokenizer's.
+            add_generation_prompt: end with what begins an answer. Default True.
+            continue_final_message: leave the last message open, for the model to go on with it; needs
+                add_generation_prompt=False.
+            tools, chat_template_kwargs: passed to the template.
+
+        Raises:
+            TypeError: messages of another shape.
+            ValueError: the tokenizer has no template and none is given.
         """
-        prompts: list[Any] = self.input_processor.apply_chat_template(
+        return self.input_processor.apply_chat_template(
             messages,
             chat_template=chat_template,
             add_generation_prompt=add_generation_prompt,
@@ -294,7 +314,6 @@ class LLMEngine:
             tools=tools,
             **(chat_template_kwargs or {}),
         )
-        return self.generate(prompts, sampling_params, use_tqdm)
 
     def stream(
         self, prompts: Any, sampling_params: SamplingParams | list[SamplingParams] | None = None
@@ -313,8 +332,7 @@ class LLMEngine:
             self._enqueue(requests, call, stream=True)
             while True:
                 for request in requests:
-                    deltas, request.deltas = request.deltas or [], []
-                    yield from (delta for delta in deltas if delta.text or delta.token_ids or delta.finish_reason)
+                    yield from request.take_deltas()
                 if not call.unfinished:
                     return
                 with self._exclusive():

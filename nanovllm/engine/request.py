@@ -63,6 +63,11 @@ class Request:
                 self.closed.add(seq.index)
             self.deltas.append(StreamDelta(self.request_id, seq.index, text, token_ids, seq.finish_reason))
 
+    def take_deltas(self) -> list[StreamDelta]:
+        """What is new since the last call."""
+        deltas, self.deltas = self.deltas or [], []
+        return [delta for delta in deltas if delta.text or delta.token_ids or delta.finish_reason]
+
     def output(self) -> RequestOutput:
         """Everything there is of it so far."""
         # Of the first completion: the others share its prompt, so of theirs it says nothing.

@@ -1,0 +1,165 @@
+"""The engine for asyncio: one thread steps it, any number of tasks read from it. A server can be put on this."""
+
+import asyncio
+import contextlib
+import threading
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanovllm.engine.request import Call, Request
+from nanovllm.llm import LLM
+from nanovllm.outputs import StreamDelta
+from nanovllm.sampling_params import SamplingParams
+
+
+@dataclass(eq=False, slots=True)
+class _Stream:
+    """The requests of one `generate`, on their way from a task to the engine thread and their deltas back."""
+
+    requests: list[Request]
+    loop: asyncio.AbstractEventLoop
+    queue: asyncio.Queue = field(default_factory=asyncio.Queue)  # of lists of deltas; None or an exception ends it
+    call: Call = field(default_factory=Call)
+
+    def put(self, *items: Any) -> bool:
+        """From the engine thread; False if the event loop is gone, and whoever waited with it."""
+        try:
+            for item in items:
+                self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
+        except RuntimeError:
+            return False
+        return True
+
+
+class _EngineThread(threading.Thread):
+    """Steps the engine while there is something to do. Tasks only leave orders: they never wait for a step."""
+
+    def __init__(self, llm: LLM):
+        super().__init__(name="nanovllm-engine", daemon=True)
+        self.llm = llm
+        self.condition = threading.Condition()
+        self.orders: deque[tuple[str, _Stream]] = deque()
+        self.streams: list[_Stream] = []
+        self.is_closing = False
+
+    def order(self, what: str, stream: _Stream) -> None:
+        with self.condition:
+            if self.is_closing and what == "add":
+                raise RuntimeError("the engine is closed")
+            self.orders.append((what, stream))
+            self.condition.notify()
+
+    def run(self) -> None:
+        while True:
+            with self.condition:
+                self.condition.wait_for(lambda: self.orders or self.streams or self.is_closing)
+                if self.is_closing:
+                    break
+                orders = list(self.orders)
+                self.orders.clear()
+            self.streams += [stream for what, stream in orders if what == "add"]
+            try:
+                self.obey(orders)
+                with self.llm._exclusive():
+                    self.llm._step()
+                self.deliver()
+            except (
+                BaseException
+            ) as error:  # of the model or of a user's callable: whoever waits hears of it, and we go on
+                self.end(self.streams, error)
+        self.end([*self.streams, *(stream for what, stream in self.orders)], RuntimeError("the engine was closed"))
+
+    def obey(self, orders: Iterable[tuple[str, _Stream]]) -> None:
+        for what, stream in orders:
+            if what == "add":
+                self.llm._enqueue(stream.requests, stream.call, stream=True)
+            elif stream in self.streams:
+                for request in stream.requests:
+                    self.llm.abort(request.request_id)
+
+    def deliver(self) -> None:
+        for stream in list(self.streams):
+            deltas = [delta for request in stream.requests for delta in request.take_deltas()]
+            end = [] if stream.call.unfinished else [None]
+            if not stream.put(*([deltas] if deltas else []), *end):
+                self.obey([("abort", stream)])
+                end = [None]
+            if end:
+                self.streams.remove(stream)
+
+    def end(self, streams: list[_Stream], error: BaseException) -> None:
+        """Nothing more will come for these streams but `error`."""
+        ended, self.streams = streams, []
+        with contextlib.suppress(Exception):  # what cannot be put in order now is tried again by the next step
+            self.llm._drop([request for stream in ended for request in stream.requests])
+        for stream in ended:
+            stream.put(error)
+
+    def close(self) -> None:
+        with self.condition:
+            self.is_closing = True
+            self.condition.notify()
+        if threading.current_thread() is not self:
+            self.join()
+        self.llm.close()
+
+
+class AsyncLLM:
+    """`LLM` for asyncio; takes the same arguments. Also an async context manager, which closes it.
+
+        async for delta in llm.generate("Once upon a time", SamplingParams(max_tokens=100)):
+            print(delta.text, end="")
+
+    An exception of a step reaches every task that is waiting, and the engine goes on with what comes next.
+    """
+
+    def __init__(self, model: str, **kwargs: Any):
+        self.llm = LLM(model, **kwargs)
+        self._thread = _EngineThread(self.llm)
+        self._thread.start()
+        self._finalizer = weakref.finalize(self, self._thread.close)
+
+    async def generate(
+        self, prompts: Any, sampling_params: SamplingParams | list[SamplingParams] | None = None
+    ) -> AsyncIterator[StreamDelta]:
+        """Complete one or several prompts, as `LLM.stream` does; deltas of other tasks' requests never appear.
+
+        Cancelling the task, or closing the iterator, aborts the requests. Raises TypeError or ValueError for bad
+        arguments, RuntimeError if the engine is closed.
+        """
+        requests = self.llm.input_processor.make_requests(prompts, sampling_params)
+        stream = _Stream(requests, asyncio.get_running_loop())
+        if not requests:
+            return
+        self._thread.order("add", stream)
+        item: Any = []
+        try:
+            while (item := await stream.queue.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                for delta in item:
+                    yield delta
+        finally:
+            if isinstance(item, list):  # left before the end
+                self._thread.order("abort", stream)
+
+    def chat(self, messages: Any, sampling_params: Any = None, **kwargs: Any) -> AsyncIterator[StreamDelta]:
+        """`generate` for one conversation or a list of them; `kwargs` as `LLM.chat` takes them."""
+        return self.generate(self.llm.chat_prompts(messages, **kwargs), sampling_params)
+
+    def close(self) -> None:
+        """Stop the thread and give everything back; whoever still waits gets a RuntimeError. Harmless when repeated."""
+        self._finalizer()
+
+    async def aclose(self) -> None:
+        """`close` without holding up the event loop."""
+        await asyncio.to_thread(self.close)
+
+    async def __aenter__(self) -> "AsyncLLM":
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
