@@ -229,6 +229,8 @@ class LLMEngine:
         self._interrupted = False
 
     def _enqueue(self, requests: list[Request], call: Call, stream: bool = False) -> None:
+        if not self._finalizer.alive:
+            raise RuntimeError("this engine is closed: make a new LLM")
         try:
             with self._lock:
                 for request in requests:
