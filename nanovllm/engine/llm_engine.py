@@ -82,6 +82,7 @@ class LLMEngine:
         Returns the finished requests as (request id, token ids), one for each completion, and the number of tokens
         computed.
         """
+        self._check_open()
         with self._exclusive():
             num_tokens = self._step() if self._requests else 0
             finished, self._step_call.finished = self._step_call.finished, []
@@ -225,6 +226,7 @@ class LLMEngine:
         self._interrupted = False
 
     def _enqueue(self, requests: list[Request], call: Call, stream: bool = False) -> None:
+        self._check_open()
         try:
             with self._lock:
                 for request in requests:
@@ -327,9 +329,10 @@ class LLMEngine:
         try:
             self._enqueue(requests, call, stream=True)
             while True:
+                is_last = not call.unfinished  # asked first: whoever takes the deltas may abort meanwhile
                 for request in requests:
                     yield from request.take_deltas()
-                if not call.unfinished:
+                if is_last:
                     return
                 with self._exclusive():
                     if call.unfinished:
@@ -395,7 +398,12 @@ class LLMEngine:
 
     def exit(self) -> None:
         """Give back memory and processes; harmless when repeated. The engine cannot be used afterwards."""
-        self._finalizer()
+        with self._lock:  # not in the middle of another thread's step
+            self._finalizer()
+
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise RuntimeError("this engine has been closed: make another LLM")
 
     close = exit
 
