@@ -34,6 +34,10 @@ class StructuredOutputsParams:
             raise ValueError(
                 f"structured_outputs takes exactly one of json, regex, choice, grammar; got {given or 'none'}"
             )
+        for name, kinds in (("json", (dict, str)), ("regex", str), ("choice", (list, tuple)), ("grammar", str)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kinds):
+                raise TypeError(f"structured_outputs.{name} must be {self.__annotations__[name]}, got {value!r}")
         if isinstance(self.json, str):
             try:
                 json.loads(self.json)

@@ -205,4 +205,11 @@ def bind_processor(processor: Any, seq: Sequence) -> Any:
     arguments: list[Any] = [seq.completion_token_ids]
     if len(inspect.signature(processor).parameters) == 3:
         arguments.insert(0, seq.prompt_token_ids)
-    return lambda logits: processor(*arguments, logits)
+
+    def bound(logits: torch.Tensor) -> torch.Tensor:
+        result = processor(*arguments, logits)
+        if not isinstance(result, torch.Tensor) or result.shape != logits.shape:
+            raise TypeError(f"logits_processors must return the logits, [{len(logits)}]; {processor!r} gave {result!r}")
+        return result
+
+    return bound

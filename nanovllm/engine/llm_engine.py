@@ -107,8 +107,7 @@ class LLMEngine:
         """Alone with the state of the requests, which is put in order first if the last one here was interrupted."""
         if self._busy_thread == threading.get_ident():  # a user's callable; waiting for the lock would be for ever
             raise RuntimeError("the engine is in the middle of a step: it cannot be used from within one")
-        if not self._finalizer.alive:
-            raise RuntimeError("this engine is closed: make a new LLM")
+        self._check_open()
         with self._lock:
             try:
                 self._busy_thread = threading.get_ident()
@@ -229,8 +228,7 @@ class LLMEngine:
         self._interrupted = False
 
     def _enqueue(self, requests: list[Request], call: Call, stream: bool = False) -> None:
-        if not self._finalizer.alive:
-            raise RuntimeError("this engine is closed: make a new LLM")
+        self._check_open()
         try:
             with self._lock:
                 for request in requests:
@@ -333,9 +331,10 @@ class LLMEngine:
         try:
             self._enqueue(requests, call, stream=True)
             while True:
+                is_last = not call.unfinished  # asked first: whoever takes the deltas may abort meanwhile
                 for request in requests:
                     yield from request.take_deltas()
-                if not call.unfinished:
+                if is_last:
                     return
                 with self._exclusive():
                     if call.unfinished:
@@ -401,7 +400,12 @@ class LLMEngine:
 
     def exit(self) -> None:
         """Give back memory and processes; harmless when repeated. The engine cannot be used afterwards."""
-        self._finalizer()
+        with self._lock:  # not in the middle of another thread's step
+            self._finalizer()
+
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise RuntimeError("this engine has been closed: make another LLM")
 
     close = exit
 

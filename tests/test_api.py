@@ -1,0 +1,571 @@
+"""The request API: samples and seeds, streams and aborts, chats, threads, and all that can be wrong in a field."""
+
+import contextlib
+import dataclasses
+import gc
+import math
+import random
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    EOS,
+    VOCAB_SIZE,
+    Watch,
+    assert_idle,
+    assert_matches,
+    check_blocks,
+    copy_checkpoint,
+    greedy,
+    make_tokenizer,
+    many_prompts,
+    replaced,
+)
+
+from nanovllm import LLM, SamplingParams, StructuredOutputsParams
+
+LONG = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm(qwen3) -> LLM:
+    return qwen3.llm()
+
+
+@pytest.fixture(scope="module")
+def chat_llm(qwen3, tmp_path_factory) -> LLM:
+    """With a chat template that shows what it is given."""
+    path = copy_checkpoint(qwen3.path, tmp_path_factory.mktemp("chat") / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}"
+        "{% if tools %}(tools {{ tools[0].function.name }}){% endif %}"
+        "{% if enable_thinking is defined %}(thinking {{ enable_thinking }}){% endif %}"
+        "{% if add_generation_prompt %}>{% endif %}"
+    )
+    for file in path.glob("*token*"):
+        file.unlink()
+    tokenizer.save_pretrained(path)
+    return LLM(str(path), device="cpu", max_model_len=200, max_num_seqs=8, kvcache_block_size=16)
+
+
+def drain(llm: LLM, limit: int = 1000) -> dict[int, list[list[int]]]:
+    done: dict[int, list[list[int]]] = {}
+    for _ in range(limit):
+        if llm.is_finished():
+            assert_idle(llm)
+            return done
+        for request_id, token_ids in llm.step()[0]:
+            done.setdefault(request_id, []).append(token_ids)
+    raise AssertionError("it never ends")
+
+
+# ---- samples and seeds ----
+
+
+@pytest.mark.parametrize("budget", [16384, 24])
+def test_samples_differ_and_share_the_blocks_of_their_prompt(qwen3, budget):
+    llm, prompt = qwen3.llm(max_num_batched_tokens=budget), many_prompts(1)[0]
+    watch = Watch(llm)
+    request_id = llm.add_request(prompt, SamplingParams(n=5, max_tokens=40, ignore_eos=True))
+    for _ in range(20):
+        llm.step()
+    tables = [seq.block_table for seq in llm.scheduler.running]
+    assert len(tables) == 5
+    shared = len(prompt) // 16 - (len(prompt) % 16 == 0)  # the last token is computed by each
+    assert shared >= 4
+    assert all(table[:shared] == tables[0][:shared] for table in tables)
+    assert len({table[-1] for table in tables}) == 5
+    assert watch.num_prefix_cached_tokens == 4 * 16 * shared
+    (completions,) = drain(llm).values()
+    assert len(completions) == len({tuple(c) for c in completions}) == 5
+    assert request_id in watch.llm._requests or llm.is_finished()
+
+
+def sampled(llm: LLM, params: SamplingParams, prompt=(1, 2, 3), others=()) -> list[list[int]]:
+    outputs = llm.generate([*(p for p, _ in others), list(prompt)], [*(s for _, s in others), params], use_tqdm=False)
+    return [completion.token_ids for completion in outputs[-1].outputs]
+
+
+def test_a_seed_gives_the_same_in_any_batch_and_after_a_restart(qwen3):
+    params = SamplingParams(n=3, seed=11, temperature=1.2, top_k=40, max_tokens=20, ignore_eos=True)
+    expected = sampled(qwen3.llm(), params)
+    llm = qwen3.llm(num_kvcache_blocks=30, max_num_batched_tokens=17, seed=5)
+    watch = Watch(llm)
+    for seed in range(3):
+        prompts = many_prompts(10, seed=seed)
+        others = [(p, SamplingParams(seed=11, top_p=0.9, max_tokens=5 + i)) for i, p in enumerate(prompts)]
+        assert sampled(llm, params, others=others) == expected
+    assert watch.num_chunks > 0
+    assert sampled(llm, dataclasses.replace(params, n=1)) == expected[:1], "the first sample is that of n=1"
+    assert sampled(llm, dataclasses.replace(params, seed=12)) != expected
+    for seed in (-(2**63), 2**63 - 1, 0):
+        edge = dataclasses.replace(params, seed=seed)
+        assert sampled(llm, edge) == sampled(llm, edge) != expected
+
+
+def test_without_a_seed_every_request_is_another(qwen3):
+    llm = qwen3.llm()
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    found = [tuple(sampled(llm, p)[0]) for p in (params, params, dataclasses.replace(params, seed=-1)) for _ in (0, 1)]
+    assert len(set(found)) == 6
+    # The engine's own seed makes the whole run reproducible.
+    again = [tuple(sampled(other := qwen3.llm(), params)[0]), tuple(sampled(other, params)[0])]
+    assert again == found[:2]
+
+
+# ---- streams ----
+
+
+def test_a_stream_is_lazy_but_checks_at_once(llm):
+    with pytest.raises(ValueError, match="empty"):
+        llm.stream("")
+    stream = llm.stream("abc", LONG)
+    assert llm.is_finished(), "nothing is queued before somebody reads"
+    assert next(stream).text is not None
+    assert not llm.is_finished()
+    stream.close()
+    assert_idle(llm)
+    assert list(llm.stream([])) == []
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_leaving_a_stream_aborts_its_requests_and_no_others(qwen3, depth):
+    llm = qwen3.llm(num_kvcache_blocks=100)
+    llm.depth = depth
+    other = llm.add_request([5, 6, 7], greedy(30))
+    for delta in llm.stream(many_prompts(6), LONG):
+        assert delta.finish_reason is None
+        if len(delta.token_ids) and llm.stats()["num_running"] > 3:
+            break
+    del delta
+    gc.collect()
+    assert llm.stats()["num_running"] + llm.stats()["num_waiting"] == 1
+    assert_matches(qwen3, [[5, 6, 7]], [drain(llm)[other][0]], 30)
+    with contextlib.suppress(ZeroDivisionError):
+        for _ in llm.stream("abc", LONG):
+            _ = 1 / 0
+    gc.collect()
+    assert_idle(llm)
+
+
+def test_streams_beside_each_other(qwen3, llm):
+    """Two half-read streams and a `generate` in one engine; each gets what is its own."""
+    first, second = llm.stream([1, 2], greedy(20)), llm.stream([[3], [4]], greedy(12))
+    tokens: dict[int, list[int]] = {}
+    for _ in range(3):
+        for delta in (next(first), next(second)):
+            tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+    assert_matches(qwen3, [[9]], llm.generate([9], greedy(7), use_tqdm=False), 7)
+    for delta in [*second, *first]:
+        tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+    assert_matches(qwen3, [[1, 2], [3], [4]], [tokens[i] for i in sorted(tokens)], [20, 12, 12])
+    assert_idle(llm)
+
+
+def test_the_last_delta_of_each_completion_says_how_it_ended(llm):
+    ends: dict[tuple[int, int], list[str | None]] = {}
+    for delta in llm.stream(["ab", "cd"], SamplingParams(n=2, max_tokens=6, ignore_eos=True)):
+        ends.setdefault((delta.request_id, delta.index), []).append(delta.finish_reason)
+    assert len(ends) == 4
+    for reasons in ends.values():
+        assert reasons == [None] * 5 + ["length"]
+
+
+# ---- aborts ----
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_abort_in_every_state(qwen3, depth):
+    """Waiting, in the middle of its prompt, with a step in flight, decoding, preempted, finished, unknown."""
+    llm = qwen3.llm(max_num_batched_tokens=20, max_num_seqs=3, num_kvcache_blocks=14)
+    llm.depth = depth
+    keep, prompts = [], many_prompts(8)
+    for num_steps in (0, 1, 2, 3, 5, 9, 15, 40):
+        ids = [llm.add_request(prompt, greedy(12)) for prompt in prompts[:6]]
+        for _ in range(num_steps):
+            keep += llm.step()[0]
+        for request_id in ids[::2]:
+            llm.abort(request_id)
+            llm.abort(request_id)  # harmless
+        check_blocks(llm.block_manager, [*llm.scheduler.running, *llm.scheduler.waiting])
+        done = dict(keep)
+        done.update((i, tokens) for i, (tokens, *_) in drain(llm).items())
+        keep = []
+        assert sorted(done) == ids
+        for request_id, prompt in zip(ids, prompts):
+            expected = qwen3.answers([prompt], 64)[0][0][:12]
+            found = done[request_id]
+            assert found == expected[: len(found)]
+            assert len(found) == 12 or request_id in ids[::2]
+        llm.abort(10**9)
+    assert_idle(llm)
+
+
+def test_an_aborted_request_says_so(llm):
+    deltas = []
+    for delta in llm.stream("abc", SamplingParams(n=2, max_tokens=50, ignore_eos=True)):
+        deltas.append(delta)
+        if len(deltas) == 7:
+            llm.abort(delta.request_id)
+    assert [delta.finish_reason for delta in deltas if delta.finish_reason] == ["abort", "abort"]
+    assert len(deltas) < 20
+
+
+def test_abort_from_another_thread(llm):
+    found: list[Any] = []
+    thread = threading.Thread(
+        target=lambda: found.extend(llm.generate(["ab"], dataclasses.replace(LONG, max_tokens=250), use_tqdm=False))
+    )
+    thread.start()
+    while not llm._requests:
+        time.sleep(0.001)
+    llm.abort(next(iter(llm._requests)))
+    thread.join(30)
+    (output,) = found
+    assert output.outputs[0].finish_reason == "abort"
+    assert len(output["token_ids"]) < 250
+    assert_idle(llm)
+
+
+def test_abort_from_within_a_step(llm):
+    """A user's callable may end its own request; the step does so when it is over."""
+
+    def enough(output_ids, logits):
+        if len(output_ids) == 4:
+            llm.abort(max(llm._requests))
+        return logits
+
+    params = SamplingParams(max_tokens=50, ignore_eos=True, logits_processors=[enough])
+    outputs = llm.generate([[1, 2], [3]], [greedy(20), params], use_tqdm=False)
+    assert [output.outputs[0].finish_reason for output in outputs] == ["length", "abort"]
+    assert len(outputs[1]["token_ids"]) == 5
+    assert_idle(llm)
+
+
+# ---- interruptions of what only this API has ----
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_stream_survives_the_interruption_of_others(qwen3, depth):
+    """Another call fails in the middle of steps; a half-read stream with stop strings and n goes on as before."""
+    llm = qwen3.llm(num_kvcache_blocks=60)
+    llm.depth = depth
+    params = SamplingParams(n=2, seed=5, max_tokens=40, ignore_eos=True, stop=["zzz"], logprobs=1)
+    (expected,) = llm.generate("abc", params, use_tqdm=False)
+    places = [
+        (llm.scheduler, "postprocess"), (llm, "_finish"), (llm, "_report"), (llm.model_runner, "call"),
+        (llm.scheduler, "finish"), (llm.scheduler, "advance"),
+    ]  # fmt: skip
+    for owner, name in places:
+        for when in ("before", "after"):
+            text, tokens = {}, {}
+            for i, delta in enumerate(llm.stream("abc", params)):
+                text[delta.index] = text.get(delta.index, "") + delta.text
+                tokens.setdefault(delta.index, []).extend(delta.token_ids)
+                if i in (3, 11, 40):
+
+                    def failing(function, when=when):
+                        def wrapped(*args):
+                            if when == "after":
+                                function(*args)
+                            raise KeyboardInterrupt
+
+                        return wrapped
+
+                    with replaced(owner, name, failing), pytest.raises(KeyboardInterrupt):
+                        llm.generate([[1]], greedy(2), use_tqdm=False)
+            assert [text[i] for i in range(2)] == [completion.text for completion in expected.outputs]
+            assert [tokens[i] for i in range(2)] == [completion.token_ids for completion in expected.outputs]
+            assert_idle(llm)
+
+
+# ---- chats ----
+
+
+def test_chat(chat_llm):
+    message, params = {"role": "user", "content": "hi"}, greedy(6)
+
+    def prompt_of(*args, **kwargs):
+        return chat_llm.chat(*args, params, use_tqdm=False, **kwargs)[0].prompt
+
+    assert prompt_of([message]) == "[user:hi]>"
+    assert prompt_of([message], add_generation_prompt=False) == "[user:hi]"
+    assert prompt_of([message], chat_template_kwargs={"enable_thinking": False}) == "[user:hi](thinking False)>"
+    tools = [{"type": "function", "function": {"name": "look", "description": "d", "parameters": {"type": "object"}}}]
+    assert prompt_of([message], tools=tools) == "[user:hi](tools look)>"
+    assert prompt_of([message], chat_template="{{ messages[0].content }}!") == "hi!"
+    outputs = chat_llm.chat([[message], [message, {"role": "assistant", "content": "yes"}]], params, use_tqdm=False)
+    assert [output.prompt for output in outputs] == ["[user:hi]>", "[user:hi][assistant:yes]>"]
+    (direct,) = chat_llm.generate("[user:hi]>", params, use_tqdm=False)
+    assert direct["token_ids"] == outputs[0]["token_ids"]
+    assert "".join(d.text for d in chat_llm.stream(chat_llm.chat_prompts([message]), params)) == outputs[0]["text"]
+    assert chat_llm.get_tokenizer() is chat_llm.tokenizer
+
+
+def test_bad_chats(llm, chat_llm):
+    with pytest.raises(ValueError, match=r"no chat template: pass chat_template="):
+        llm.chat([{"role": "user", "content": "hi"}])
+    for messages in ("hi", None, 3, [], [[]], ["hi"], [{"role": "user", "content": "a"}, "hi"], {"role": "user"}, [1]):
+        with pytest.raises(TypeError, match="messages must be"):
+            chat_llm.chat(messages, use_tqdm=False)
+    with pytest.raises(TypeError, match="templat"):
+        chat_llm.chat([{"role": "user", "content": "hi"}], templat="x")
+    assert_idle(chat_llm)
+
+
+def test_a_template_runs_in_a_sandbox(chat_llm):
+    template = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
+    with pytest.raises(Exception, match="unsafe"):
+        chat_llm.chat([{"role": "user", "content": "hi"}], chat_template=template, use_tqdm=False)
+    assert_idle(chat_llm)
+
+
+# ---- everything else ----
+
+
+def test_stats_and_reset_prefix_cache(qwen3):
+    llm = qwen3.llm(num_kvcache_blocks=40, max_num_seqs=2)
+    idle = {"num_waiting": 0, "num_running": 0, "num_free_blocks": 40, "num_blocks": 40, "num_preemptions": 0}
+    assert llm.stats() == idle
+    prompt = many_prompts(1)[0]
+    for i in range(4):
+        llm.add_request([i, *prompt[1:]], greedy(5))
+    llm.step()
+    stats = llm.stats()
+    assert (stats["num_waiting"], stats["num_running"], stats["num_free_blocks"]) == (2, 2, 40 - 2 * 5)
+    drain(llm)
+    assert llm.stats() == idle
+    assert llm.generate(prompt, greedy(2), use_tqdm=False)[0].metrics.num_cached_prompt_tokens == 0
+    assert llm.generate(prompt, greedy(2), use_tqdm=False)[0].metrics.num_cached_prompt_tokens == 64
+    llm.reset_prefix_cache()
+    assert llm.generate(prompt, greedy(2), use_tqdm=False)[0].metrics.num_cached_prompt_tokens == 0
+    # In the middle of other people's requests as well.
+    request_id = llm.add_request(prompt, greedy(20))
+    for _ in range(5):
+        llm.step()
+    llm.reset_prefix_cache()
+    assert_matches(qwen3, [prompt], [drain(llm)[request_id][0]], 20)
+
+
+def test_progress_shows_requests_and_both_rates(llm, capsys):
+    llm.generate(["ab", "cd"], greedy(4))
+    shown = capsys.readouterr().err
+    assert "2/2" in shown
+    assert "prompt +" in shown
+    assert "output tok/s" in shown
+    llm.generate(["ab"], greedy(4), use_tqdm=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_threads_get_their_own_results(qwen3):
+    """Both are served together: neither waits for the other to end."""
+    llm = qwen3.llm()
+    results: dict[int, Any] = {}
+    lengths, prompts = [200, 20, 20], [many_prompts(6, seed=s) for s in range(3)]
+
+    def work(i: int) -> None:
+        outputs = llm.generate(prompts[i], greedy(lengths[i]), use_tqdm=False)
+        results[i] = outputs, time.time()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.01)
+    for thread in threads:
+        thread.join(60)
+    assert len(results) == 3
+    for i in range(1, 3):
+        assert_matches(qwen3, prompts[i], results[i][0], lengths[i])
+    assert all(len(output["token_ids"]) > 100 for output in results[0][0])
+    assert results[1][1] < results[0][1], "the short calls waited for the long one"
+    assert_idle(llm)
+
+
+def test_an_engine_that_was_closed_says_so(qwen3):
+    llm = qwen3.llm()
+    llm.close()
+    llm.close()
+    for use in (lambda: llm.generate("a", use_tqdm=False), lambda: next(llm.stream("a")), lambda: llm.add_request("a")):
+        with pytest.raises(RuntimeError, match="closed"):
+            use()
+
+
+# ---- what is wrong in a field ----
+
+INT, FLOAT, STR = "integer", "number", "string"
+BAD_FIELDS: list[tuple[str, Any, str]] = [
+    *[("n", value, "at least 1") for value in (0, -1, 1.0, "2", None, True)],
+    *[("temperature", value, "at least 0") for value in (-0.1, math.nan, math.inf, "1", None)],
+    *[("top_p", value, "1") for value in (0, -0.5, 1.01, math.nan, "1", None)],
+    *[("top_k", value, "-1") for value in (-2, 1.5, "5", None, True)],
+    *[("min_p", value, "0.0 to 1.0") for value in (-0.1, 1.1, math.nan, "0", None)],
+    *[(f"{name}_penalty", value, "-2.0 to 2.0") for name in ("presence", "frequency") for value in (-2.1, 2.1, "1")],
+    *[("repetition_penalty", value, "0") for value in (0, -1.0, math.inf, "1", None)],
+    *[("seed", value, str(2**63 - 1)) for value in (2**63, -(2**63) - 1, 1.0, "1")],
+    *[("stop", value, "non-empty string|list") for value in ("", [""], ["a", ""], [1], 3, b"a", {"a": 1})],
+    *[("stop_token_ids", value, "at least 0|list") for value in ([-1], [1.0], ["a"], 5, "5", [True])],
+    *[("ignore_eos", value, "True or False") for value in (0, "no", None)],
+    *[("max_tokens", value, "at least 1") for value in (0, -5, 1.0, "8")],
+    *[("min_tokens", value, "at least 0") for value in (-1, 1.0, "1", None)],
+    *[(name, value, "0 to 20") for name in ("logprobs", "prompt_logprobs") for value in (-1, 21, 1.0, "1", True)],
+    *[("logit_bias", value, "dict|at least 0|-100.0 to 100.0") for value in ([1], {-1: 0}, {"a": 1}, {1: 101})],
+    *[("allowed_token_ids", value, "at least 0|empty|list") for value in ([], [-1], ["a"], 5)],
+    *[("bad_words", value, "non-empty strings|list") for value in ([""], [1], "word", 5)],
+    *[("logits_processors", value, "callables|list") for value in ([1], len, "f")],
+    *[("structured_outputs", value, "StructuredOutputsParams") for value in ({"json": {}}, "{}", 3)],
+    *[
+        (name, value, "True or False")
+        for name in ("detokenize", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output")
+        for value in (0, 1, "yes", None)
+    ],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value", "span"), BAD_FIELDS, ids=lambda value: str(value)[:24])
+def test_a_field_out_of_range_or_of_a_wrong_type(field, value, span):
+    """The message names the field, the value and what would be right."""
+    with pytest.raises((TypeError, ValueError), match=span) as caught:
+        SamplingParams(**{field: value})
+    message = str(caught.value)
+    assert field in message
+    if not isinstance(value, (list, dict)) and value != "":
+        assert str(value) in message or repr(value) in message
+
+
+def test_every_field_is_tested_for_wrong_values():
+    fields = {field.name for field in dataclasses.fields(SamplingParams) if field.init}
+    assert fields == {name for name, _, _ in BAD_FIELDS}
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens=9 .*max_tokens=8"),
+        ({"min_tokens": 65}, "min_tokens=65 .*max_tokens=64"),
+        ({"stop": "a", "detokenize": False}, "stop='a' .*detokenize=False"),
+    ],
+)
+def test_contradictions(fields, match):
+    with pytest.raises(ValueError, match=match):
+        SamplingParams(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({}, "exactly one"),
+        ({"json": {}, "regex": "a"}, "exactly one.*json.*regex"),
+        ({"json": "{"}, "json is not valid"),
+        ({"json": 5}, "json must be"),
+        ({"json": []}, "json must be"),
+        ({"regex": "("}, r"regex='\('"),
+        ({"regex": 5}, "regex must be"),
+        ({"choice": []}, "choice must be"),
+        ({"choice": "abc"}, "choice must be"),
+        ({"choice": ["a", ""]}, "choice must be"),
+        ({"choice": ["a", 1]}, "choice must be"),
+        ({"grammar": 5}, "grammar must be"),
+    ],
+    ids=str,
+)
+def test_bad_structured_outputs(fields, match):
+    with pytest.raises((TypeError, ValueError), match=match):
+        StructuredOutputsParams(**fields)
+    with pytest.raises(TypeError, match=r"'jsn'.*'json'"):
+        StructuredOutputsParams(jsn="{}")
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"n": 65}, "n=65 .*max_num_seqs=64"),
+        ({"stop_token_ids": [VOCAB_SIZE]}, f"stop_token_ids contains {VOCAB_SIZE}.*0 to {VOCAB_SIZE - 1}"),
+        ({"allowed_token_ids": [3, 10**6]}, "allowed_token_ids contains 1000000"),
+        ({"logit_bias": {VOCAB_SIZE: 1.0}}, f"logit_bias contains {VOCAB_SIZE}"),
+        ({"structured_outputs": StructuredOutputsParams(json={"type": "nonsense"})}, r"structured_outputs\.json"),
+        ({"structured_outputs": StructuredOutputsParams(grammar="start: (")}, r"structured_outputs\.grammar"),
+        ({"structured_outputs": StructuredOutputsParams(regex=r"(?<=a)b")}, r"structured_outputs\.regex"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_only_the_engine_can_know_is_refused_before_anything_is_queued(llm, qwen3, fields, match):
+    added = []
+    with replaced(llm.scheduler, "add", lambda add: lambda seq: added.append(seq) or add(seq)):
+        for call in (llm.generate, llm.stream):
+            with pytest.raises(ValueError, match=match):
+                call([[1], [2]], [greedy(3), SamplingParams(**fields)])
+        with pytest.raises(ValueError, match=match):
+            llm.add_request([1], SamplingParams(**fields))
+    assert not added
+    assert_idle(llm)
+    assert_matches(qwen3, [[1, 2]], llm.generate([1, 2], greedy(6), use_tqdm=False), 6)
+
+
+def test_what_leaves_no_token_to_draw_ends_with_an_error(qwen3, llm):
+    """Allowed tokens that are all bad words: an error of this request, and of no other."""
+    bad = SamplingParams(allowed_token_ids=[65, 66], bad_words=["b", "c"], max_tokens=5)
+    letters = make_tokenizer().decode([65, 66])
+    bad = dataclasses.replace(bad, bad_words=list(letters), logprobs=1)
+    outputs = llm.generate([[1, 2], [3]], [greedy(5), bad], use_tqdm=False)
+    assert_matches(qwen3, [[1, 2]], outputs[:1], 5)
+    assert outputs[1].outputs[0].finish_reason == "error"
+    assert outputs[1]["token_ids"] == []
+    assert outputs[1].outputs[0].cumulative_logprob == 0
+    assert outputs[1].outputs[0].logprobs == []
+    assert_idle(llm)
+
+
+def test_bad_words_never_appear(llm):
+    rng = random.Random(0)
+    words = ["a", "xy", "é", "  b"]
+    params = SamplingParams(
+        temperature=1.5, bad_words=words, max_tokens=80, ignore_eos=True, n=8, seed=rng.randrange(99),
+        allowed_token_ids=[x for text in ("abxyz é",) for x in make_tokenizer().encode(text)],
+    )  # fmt: skip
+    (output,) = llm.generate("abc", params, use_tqdm=False)
+    for completion in output.outputs:
+        assert len(completion.token_ids) == 80
+        assert not any(word in completion.text for word in ("a", "xy", "é"))
+        assert EOS not in completion.token_ids
+
+
+def test_a_callable_that_fails_takes_its_call_out(qwen3, llm):
+    def broken(output_ids, logits):
+        if len(output_ids) == 3:
+            raise OSError("no disk")
+        return logits
+
+    with pytest.raises(OSError, match="no disk"):
+        llm.generate([[1], [2]], SamplingParams(logits_processors=[broken], ignore_eos=True), use_tqdm=False)
+    assert_idle(llm)
+    for wrong in (lambda ids, logits: None, lambda ids, logits: logits[:3], lambda ids, logits: "x"):
+        with pytest.raises((TypeError, ValueError), match="logits_processors"):
+            llm.generate([1], SamplingParams(logits_processors=[wrong]), use_tqdm=False)
+        assert_idle(llm)
+    assert_matches(qwen3, [[1, 2]], llm.generate([1, 2], greedy(6), use_tqdm=False), 6)
+
+
+def test_a_vllm_logits_processor_that_counts(llm):
+    """It is asked once a token, also where the prompt comes in chunks or the request is preempted and starts over."""
+    asked = []
+
+    def processor(output_ids, logits):
+        asked.append(list(output_ids))
+        return logits
+
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logits_processors=[processor])
+    (output,) = llm.generate([many_prompts(1)[0]], params, use_tqdm=False)
+    assert asked == [output["token_ids"][:i] for i in range(8)]
+
+
+def test_greedy_is_temperature_zero(qwen3, llm):
+    prompts = many_prompts(4, seed=8)
+    params = SamplingParams(temperature=0, seed=3, max_tokens=16, ignore_eos=True)
+    assert_matches(qwen3, prompts, llm.generate(prompts, params, use_tqdm=False), 16)
+    assert torch.get_num_threads() == 1
+    assert Path(llm.config.model) == qwen3.path
