@@ -13,7 +13,16 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from nanovllm.kernels import activation, attention_decode, attention_prefill, norm, rope, sampling  # noqa: E402
+from nanovllm.kernels import (  # noqa: E402
+    activation,
+    attention_decode,
+    attention_prefill,
+    linear,
+    norm,
+    request_state,
+    rope,
+    sampling,
+)
 from nanovllm.kernels.triton_utils import num_multiprocessors  # noqa: E402
 
 INTERPRETED = not isinstance(norm._norm_kernel, triton.JITFunction)
@@ -402,3 +411,68 @@ def test_decode_in_a_cuda_graph(device, dtype):
         out.fill_(NAN)
         graph.replay()
         assert_close(out, attention_decode.paged_attention_decode_torch(*args), dtype)
+
+
+# ---- products of few rows ----
+
+
+@on_targets
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize(("outputs", "depth"), [(64, 96), (16, 128), (48, 1000)])
+def test_norm_gemv(device, dtype, outputs, depth, has_residual, gated):
+    x, residual = torch.randn(2, 1, depth, device=device).to(dtype)
+    norm_weight = torch.rand(depth, device=device).to(dtype)
+    weight = (torch.randn(outputs, depth, device=device) * depth**-0.5).to(dtype)
+    inputs = (x, residual if has_residual else None, norm_weight, 1e-6, weight, gated)
+    out, total = linear.norm_gemv_triton(*inputs)
+    expected_out, expected_total = linear.norm_linear_torch(*inputs)
+    assert_close(out, expected_out, dtype)
+    assert torch.equal(total, expected_total)
+    assert_close(linear.gemv_triton(x, weight), x @ weight.T, dtype)
+
+
+@on_targets
+@pytest.mark.parametrize(("num_tokens", "num_splits"), [(1, 2), (5, 4), (17, 2), (65, 2)])
+def test_split_k(device, dtype, num_tokens, num_splits):
+    if dtype == torch.float32 and device == "cuda":
+        pytest.skip("float32 products stay with cuBLAS, since tl.dot rounds to tf32")
+    x = torch.randn(num_tokens, 528, device=device).to(dtype)[:, :512]  # strided rows
+    weight = (torch.randn(128, 512, device=device) * 512**-0.5).to(dtype)
+    parts = linear.split_k_triton(x, weight, num_splits)
+    assert parts.shape == (num_splits, num_tokens, 128)
+    assert_close(parts, linear.split_k_torch(x, weight, num_splits), torch.float16)
+    # The norm that follows adds them up.
+    residual, norm_weight = (
+        torch.randn(num_tokens, 128, device=device).to(dtype),
+        torch.rand(128, device=device).to(dtype),
+    )
+    out, total = norm.add_rms_norm_triton(parts, residual, norm_weight, 1e-6)
+    expected_out, expected_total = norm.add_rms_norm_torch(parts, residual, norm_weight, 1e-6)
+    assert_close(total, expected_total, dtype)
+    assert_close(out, expected_out, dtype)
+
+
+# ---- permanent rows ----
+
+
+@on_targets
+@pytest.mark.parametrize(("max_blocks", "block_size"), [(5, 16), (1, 256), (1030, 1)])
+def test_rows(device, dtype, max_blocks, block_size, monkeypatch):
+    last_token = torch.randint(-1, 50, (9,), device=device)
+    num_cached = torch.randint(0, max_blocks * block_size, (9,), device=device)
+    num_cached[-1] = 0
+    tables = torch.randint(0, 10**6, (9, max_blocks), dtype=torch.int32, device=device)
+    rows = torch.tensor([3, 0, 7, 8, 8], device=device)  # the last row pads
+    tokens = torch.arange(5, device=device)
+    results = []
+    for use_triton in (False, True):
+        monkeypatch.setattr(request_state, "use_triton", lambda _, use_triton=use_triton: use_triton)
+        gathered = request_state.gather_rows(rows, last_token, num_cached, tables, block_size)
+        after = last_token.clone(), num_cached.clone()
+        request_state.advance_rows(rows, gathered[1], tokens, *after)
+        assert after[1][-1] == 0
+        results.append([*gathered, after[0][:-1], after[1]])
+    for expected, actual in zip(*results, strict=True):
+        assert actual.dtype == expected.dtype
+        assert torch.equal(actual, expected)
