@@ -17,7 +17,7 @@ class StructuredOutputsParams:
     """A grammar that the output must match; give exactly one. Needs the extra `structured`.
 
     Args:
-        json: a JSON schema, as a dict or its text.
+        json: a JSON schema, as a dict or its text; the output has blanks where `json.dumps` puts them.
         regex: a regular expression that the whole output matches.
         choice: a list of texts, of which the output is one.
         grammar: a grammar in the Lark syntax of llguidance.
@@ -34,10 +34,11 @@ class StructuredOutputsParams:
             raise ValueError(
                 f"structured_outputs takes exactly one of json, regex, choice, grammar; got {given or 'none'}"
             )
-        for name, kinds in (("json", (dict, str)), ("regex", str), ("choice", (list, tuple)), ("grammar", str)):
+        for name, kinds in (("json", (dict, str)), ("regex", (str,)), ("choice", (list,)), ("grammar", (str,))):
             value = getattr(self, name)
             if value is not None and not isinstance(value, kinds):
-                raise TypeError(f"structured_outputs.{name} must be {self.__annotations__[name]}, got {value!r}")
+                expected = " or ".join(kind.__name__ for kind in kinds)
+                raise TypeError(f"structured_outputs.{name} must be of type {expected}, got {value!r}")
         if isinstance(self.json, str):
             try:
                 json.loads(self.json)
@@ -81,7 +82,7 @@ class SamplingParams:
         logit_bias: {token id: number added to its logit}, from -100 to 100.
         allowed_token_ids: only these may be generated.
         bad_words: texts that may not be generated.
-        include_stop_str_in_output: keep the stop string at the end of the text.
+        include_stop_str_in_output: keep the stop string, or the text of the token that ended it, in the text.
         detokenize: False leaves `text` empty.
         skip_special_tokens: leave special tokens out of the text. Default True.
         spaces_between_special_tokens: as in transformers' `decode`. Default True.

@@ -1,5 +1,6 @@
 """Outputs: log probabilities against transformers, texts against one-shot decoding, ends of every kind."""
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -321,6 +322,12 @@ def test_several_eos_ids(qwen3, tmp_path):
     ended = {output["token_ids"][-1] for output in outputs if output.outputs[0].finish_reason == "stop"}
     assert ended == set(eos)
     assert all(output.outputs[0].stop_reason is None for output in outputs)
+    # The token that ends is among the ids, and its text is not in the text; here it would be, being no special token.
+    tokenizer, ids = make_tokenizer(), outputs[0]["token_ids"]
+    assert outputs[0]["text"] == tokenizer.decode(ids[:-1])
+    params = SamplingParams(temperature=0, include_stop_str_in_output=True)
+    for shown, wish in ((ids, params), (ids[:-1], dataclasses.replace(params, include_stop_str_in_output=False))):
+        assert texts_of(llm, prompts[:1], wish) == ([tokenizer.decode(shown)],) * 2
     # `stop_token_ids` ends too, and says by which id; `ignore_eos` leaves it in force.
     stop = answers[0][2]
     params = SamplingParams(temperature=0, max_tokens=64, stop_token_ids=[stop], ignore_eos=True)
@@ -385,8 +392,6 @@ def test_prompts_of_every_shape(llm):
 
 def test_docs_name_what_there_is():
     """Every field of SamplingParams is explained in its docstring."""
-    import dataclasses
-
     for field in dataclasses.fields(SamplingParams):
         assert not field.init or f"        {field.name}: " in SamplingParams.__doc__
     assert (Path(__file__).parent.parent / "docs" / "api.md").is_file()

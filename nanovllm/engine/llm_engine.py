@@ -172,6 +172,8 @@ class LLMEngine:
             seq = seqs[row]
             if seq.finish_reason == "error":
                 continue
+            if seq.was_ended_by_token:  # whose text is no text
+                continue
             if seq.detokenizer is not None and seq.detokenizer.follow(seq.token_ids, seq.num_prompt_tokens):
                 seq.stop_reason = seq.detokenizer.stopped_by
                 finished += self._stop(seq)
@@ -194,7 +196,7 @@ class LLMEngine:
         """`seq` has ended; if it is the last of its request, so has that."""
         request = seq.request
         if seq.detokenizer is not None:
-            seq.detokenizer.finish(seq.completion_token_ids)
+            seq.detokenizer.finish(request.shown_token_ids(seq))
         request.emit(seq)
         if request.is_finished:
             self._report(request)

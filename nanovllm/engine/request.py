@@ -63,6 +63,13 @@ class Request:
                 self.closed.add(seq.index)
             self.deltas.append(StreamDelta(self.request_id, seq.index, text, token_ids, seq.finish_reason))
 
+    def shown_token_ids(self, seq: Sequence) -> list[int]:
+        """What the text of `seq` is made of: all but the token that ended it, unless that is wanted too."""
+        token_ids = seq.completion_token_ids
+        if seq.was_ended_by_token and not self.params.include_stop_str_in_output:
+            token_ids.pop()
+        return token_ids
+
     def take_deltas(self) -> list[StreamDelta]:
         """What is new since the last call."""
         deltas, self.deltas = self.deltas or [], []
@@ -93,7 +100,7 @@ class Request:
         elif seq.detokenizer is not None:
             text = seq.detokenizer.text
         else:
-            text = decode(self.tokenizer, token_ids, self.params)
+            text = decode(self.tokenizer, self.shown_token_ids(seq), self.params)
         return CompletionOutput(
             index=seq.index,
             text=text,

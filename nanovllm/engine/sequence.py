@@ -126,6 +126,11 @@ class Sequence:
             return "stop"
         return "length" if len(self.token_ids) >= self.max_num_tokens else None
 
+    @property
+    def was_ended_by_token(self) -> bool:
+        """Whether the last token is an end-of-sequence or a stop token."""
+        return self.finish_reason == "stop" and self.last_token in self.stop_ids
+
     def finish(self, reason: str) -> None:
         self.num_tokens = len(self.token_ids)
         self.status = SequenceStatus.FINISHED

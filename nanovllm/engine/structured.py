@@ -7,6 +7,9 @@ import numpy as np
 
 from nanovllm.sampling_params import StructuredOutputsParams
 
+# As json.dumps writes it. With blanks wherever JSON allows them small models write blanks for ever.
+JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
 
 class GrammarCompiler:
     """Turns parameters into matchers for one tokenizer."""
@@ -28,7 +31,7 @@ class GrammarCompiler:
         matcher = self.llguidance.LLMatcher
         if params.json is not None:
             name, schema = "json", params.json if isinstance(params.json, str) else json.dumps(params.json)
-            source = matcher.grammar_from_json_schema(schema)
+            source = matcher.grammar_from_json_schema(schema, defaults=JSON_STYLE)
         elif params.regex is not None:
             name, source = "regex", matcher.grammar_from_regex(params.regex)
         elif params.choice is not None:
