@@ -8,7 +8,7 @@ import numpy as np
 from nanovllm.sampling_params import StructuredOutputsParams
 
 # As json.dumps writes it. With blanks wherever JSON allows them small models write blanks for ever.
-JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class GrammarCompiler:
