@@ -1,0 +1,81 @@
+"""A dataset through a model: JSONL in, JSONL out. Stop it at any time; started again it goes on where it was.
+
+    python examples/batch.py questions.jsonl answers.jsonl --model Qwen/Qwen3-0.6B
+
+A line of the input is {"prompt": "..."} or {"messages": [...]}, with an "id" if line numbers will not do. A line is
+written as soon as its answer is complete, in the order in which answers are.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.utils.demo import demo_model_path
+
+
+def read_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of a dataset by their id."""
+    rows: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(path.read_text().splitlines()):
+        if line.strip():
+            row = json.loads(line)
+            row_id = str(row.get("id", number))
+            if row_id in rows:
+                raise ValueError(f"line {number + 1} of {path} has the id {row_id!r}, which another line has")
+            rows[row_id] = row
+    return rows
+
+
+def repair(path: Path) -> set[str]:
+    """Ids that are answered already. A last line that was cut in the middle of writing is taken out."""
+    if not path.exists():
+        return set()
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
+        path.write_bytes(whole)
+    return {json.loads(line)["id"] for line in whole.splitlines()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Answer every line of a JSONL file; resumable.")
+    parser.add_argument("input", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--model", help="checkpoint directory or hub id (default: a 135M demo model)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=256, help="of an answer (default: %(default)s)")
+    args = parser.parse_args()
+
+    rows, done = read_rows(args.input), repair(args.output)
+    todo = {row_id: row for row_id, row in rows.items() if row_id not in done}
+    print(f"{len(rows)} rows, {len(rows) - len(todo)} answered already")
+    if not todo:
+        return
+    with LLM(args.model or demo_model_path()) as llm, args.output.open("a") as output:
+        prompts = [
+            llm.chat_prompts(row["messages"])[0] if "messages" in row else row["prompt"] for row in todo.values()
+        ]
+        params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
+        # Request ids ascend in the order of the prompts, but deltas come in any: a text is known by its request's id.
+        texts: dict[int, str] = {}
+        first_id: int | None = None
+        row_ids = list(todo)
+        progress = tqdm(total=len(todo), unit="row")
+        for delta in llm.stream(prompts, params):
+            first_id = delta.request_id if first_id is None else first_id
+            texts[delta.request_id] = texts.get(delta.request_id, "") + delta.text
+            if delta.finish_reason:
+                row_id = row_ids[delta.request_id - first_id]
+                line = {"id": row_id, "text": texts.pop(delta.request_id), "finish_reason": delta.finish_reason}
+                output.write(json.dumps(line, ensure_ascii=False) + "\n")
+                output.flush()
+                progress.update()
+        progress.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""AsyncLLM: deltas for many tasks, cancellation, errors and closing."""
+
+import asyncio
+import contextlib
+import gc
+import threading
+import time
+
+import pytest
+from helpers import assert_idle, assert_matches, greedy, many_prompts, replaced
+
+from nanovllm import AsyncLLM, SamplingParams
+
+LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+
+
+def make(qwen3, **kwargs) -> AsyncLLM:
+    return AsyncLLM(
+        str(qwen3.path), device="cpu", max_model_len=256, kvcache_block_size=16, num_kvcache_blocks=400, **kwargs
+    )
+
+
+@pytest.fixture
+def llm(qwen3):
+    llm = make(qwen3)
+    yield llm
+    llm.close()
+    assert "nanovllm-engine" not in {thread.name for thread in threading.enumerate()}
+
+
+async def collect(llm: AsyncLLM, prompt, params) -> tuple[str, list[int]]:
+    text, token_ids, reasons = "", [], []
+    async for delta in llm.generate(prompt, params):
+        text += delta.text
+        token_ids += delta.token_ids
+        reasons.append(delta.finish_reason)
+    assert all(reason is None for reason in reasons[:-1])
+    assert reasons[-1] is not None
+    return text, token_ids
+
+
+async def idle(llm: AsyncLLM) -> None:
+    """Wait until the engine thread has nothing left."""
+    for _ in range(2000):
+        if not llm.llm._requests and not llm._thread.streams:
+            break
+        await asyncio.sleep(0.005)
+    assert_idle(llm.llm)
+
+
+def test_many_tasks_at_once(qwen3, llm):
+    prompts = many_prompts(12)
+
+    async def main():
+        ticks = 0
+
+        async def ticking():
+            nonlocal ticks
+            while True:
+                ticks += 1
+                await asyncio.sleep(0.002)
+
+        ticker = asyncio.create_task(ticking())
+        results = await asyncio.gather(*(collect(llm, prompt, greedy(5 + 3 * i)) for i, prompt in enumerate(prompts)))
+        ticker.cancel()
+        await idle(llm)
+        return results, ticks
+
+    results, ticks = asyncio.run(main())
+    assert_matches(qwen3, prompts, [ids for _, ids in results], [5 + 3 * i for i in range(12)])
+    outputs = llm.llm.generate(prompts, [greedy(5 + 3 * i) for i in range(12)], use_tqdm=False)
+    assert [text for text, _ in results] == [output["text"] for output in outputs]
+    assert ticks > 10, "the event loop stood still"
+    # Another event loop works as well.
+    assert asyncio.run(collect(llm, prompts[0], greedy(5)))[1] == results[0][1]
+
+
+def test_several_prompts_and_samples_in_one_call(llm):
+    async def main():
+        found = {}
+        async for delta in llm.generate(["ab", "cd"], SamplingParams(n=2, seed=1, max_tokens=6, ignore_eos=True)):
+            key = delta.request_id, delta.index
+            found[key] = found.get(key, 0) + len(delta.token_ids)
+        return found
+
+    assert list(asyncio.run(main()).values()) == [6] * 4
+    assert asyncio.run(main()).keys() != asyncio.run(main()).keys()
+
+    async def nothing():
+        return [delta async for delta in llm.generate([])]
+
+    assert asyncio.run(nothing()) == []
+
+
+@pytest.mark.parametrize("how", ["cancel", "timeout", "aclose", "break"])
+def test_leaving_early_aborts_and_leaves_others_alone(qwen3, llm, how):
+    async def leave():
+        stream = llm.generate("abc", LONG)
+        if how == "cancel":
+            task = asyncio.create_task(collect(llm, "abc", LONG))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        elif how == "timeout":
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(collect(llm, "abc", LONG), 0.05)
+        elif how == "aclose":
+            await anext(stream)
+            await stream.aclose()
+        else:
+            async for _ in stream:
+                break
+            del stream
+            gc.collect()
+
+    async def main():
+        other = asyncio.create_task(collect(llm, [5, 6, 7], greedy(60)))
+        await leave()
+        result = await other
+        await idle(llm)
+        return result
+
+    assert_matches(qwen3, [[5, 6, 7]], [asyncio.run(main())[1]], 60)
+    stats = llm.llm.stats()
+    assert stats["num_free_blocks"] == stats["num_blocks"]
+
+
+def test_bad_arguments_are_raised_to_the_caller(qwen3, llm):
+    async def main():
+        for prompt, params in (("", None), ("a", SamplingParams(n=1000)), (5, None)):
+            with pytest.raises((TypeError, ValueError)):
+                await collect(llm, prompt, params)
+        await idle(llm)
+        return await collect(llm, [1, 2], greedy(5))
+
+    assert_matches(qwen3, [[1, 2]], [asyncio.run(main())[1]], 5)
+
+
+def test_an_exception_in_the_thread_reaches_every_waiter(qwen3, llm):
+    """And whoever comes later is served."""
+
+    def broken(output_ids, logits):
+        if len(output_ids) == 3:
+            raise OSError("no disk")
+        return logits
+
+    async def main():
+        waiters = [collect(llm, [i + 1], LONG) for i in range(3)]
+        waiters.append(collect(llm, [9], SamplingParams(logits_processors=[broken], ignore_eos=True)))
+        results = await asyncio.gather(*waiters, return_exceptions=True)
+        assert [type(result) for result in results] == [OSError] * 4
+        await idle(llm)
+        with replaced(llm.llm.model_runner, "call", lambda _: lambda *args: 1 / 0):
+            with pytest.raises(ZeroDivisionError):
+                await collect(llm, [1], LONG)
+            with replaced(llm.llm, "_recover", lambda _: lambda: 1 / 0), pytest.raises(ZeroDivisionError):
+                await collect(llm, [1], LONG)
+        return await collect(llm, [1, 2], greedy(5))
+
+    assert_matches(qwen3, [[1, 2]], [asyncio.run(main())[1]], 5)
+
+
+def test_closing(qwen3):
+    async def main():
+        async with make(qwen3) as llm:
+            waiting = [asyncio.create_task(collect(llm, [i + 1], LONG)) for i in range(3)]
+            await asyncio.sleep(0.05)
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert all(isinstance(result, RuntimeError) and "closed" in str(result) for result in results)
+        with pytest.raises(RuntimeError, match="closed"):
+            await collect(llm, [1], LONG)
+        await llm.aclose()
+        llm.close()
+
+    asyncio.run(main())
+
+
+def test_an_event_loop_that_is_gone(qwen3, llm):
+    """A loop that was stopped without closing its tasks leaves no request behind."""
+    loop = asyncio.new_event_loop()
+    stream = llm.generate("abc", LONG)
+    loop.run_until_complete(anext(stream))
+    loop.close()
+    for _ in range(1000):
+        if not llm._thread.streams:
+            break
+        time.sleep(0.005)
+    assert_idle(llm.llm)
+    assert_matches(qwen3, [[1, 2]], [asyncio.run(collect(llm, [1, 2], greedy(5)))[1]], 5)
+    with contextlib.suppress(RuntimeError, StopIteration):
+        stream.aclose().send(None)
+
+
+def test_it_is_collected_like_any_other_object(qwen3):
+    llm = make(qwen3)
+    assert asyncio.run(collect(llm, [1], greedy(2)))[1]
+    thread = llm._thread
+    del llm
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
