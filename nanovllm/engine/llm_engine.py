@@ -105,8 +105,6 @@ class LLMEngine:
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         """Alone with the state of the requests, which is put in order first if the last one here was interrupted."""
-        if self._busy_thread == threading.get_ident():  # a user's callable; waiting for the lock would be for ever
-            raise RuntimeError("the engine is in the middle of a step: it cannot be used from within one")
         self._check_open()
         with self._lock:
             try:
