@@ -4,7 +4,6 @@
 """
 
 import gc
-import logging
 import os
 from typing import Any
 
@@ -30,8 +29,6 @@ from nanovllm.models import get_model_class
 from nanovllm.utils.context import Context, set_context
 from nanovllm.utils.distributed import TensorParallel
 from nanovllm.utils.loader import load_model
-
-logger = logging.getLogger("nanovllm")
 
 PROMPT_LOGPROBS_CHUNK = 512  # positions whose logits exist at once
 CPU_CACHE_SHARE = 0.25  # of the RAM that is free when the engine starts
@@ -75,7 +72,6 @@ class ModelRunner:
         self.max_blocks = -(-config.max_model_len // self.block_size)  # of one sequence
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self.memory_before = self._memory_used_bytes()
         model_class = get_model_class(config.hf_config)
         tp = TensorParallel(rank, config.tensor_parallel_size)
         self.model = build_model(model_class, config, tp)
@@ -250,8 +246,7 @@ class ModelRunner:
         return head_dim(self.config.hf_config)
 
     def _memory_used_bytes(self) -> int:
-        if self.device.type != "cuda":
-            return 0
+        """Of the GPU, by whomever."""
         free, total = torch.cuda.mem_get_info(self.device)
         return total - free
 

@@ -1,4 +1,4 @@
-"""silu(gate) * up over a packed product. Called by layers/activation.py."""
+"""silu(gate) * up over a packed product. Called by kernels/linear.py and layers/linear.py."""
 
 import torch
 import torch.nn.functional as F
