@@ -286,6 +286,7 @@ class ModelRunner:
         lens = [num_tokens // num_seqs + (i < num_tokens % num_seqs) for i in range(num_seqs)]
         lens = [min(length, config.max_model_len) for length in lens]
         self.run_prefill(dummy_prefill(lens, self.state.padding_row, self.device))
+        self.state.num_cached_tokens.zero_()  # or the padding row's next position would be past its block table
         torch.cuda.synchronize()
         reserve_bytes = torch.cuda.max_memory_allocated() - before
         torch.cuda.empty_cache()
