@@ -3,6 +3,7 @@
 import logging
 
 from nanovllm.async_llm import AsyncLLM
+from nanovllm.errors import EngineDeadError
 from nanovllm.llm import LLM
 from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput, StreamDelta
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
@@ -11,6 +12,7 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "CompletionOutput",
+    "EngineDeadError",
     "Logprob",
     "RequestOutput",
     "SamplingParams",

@@ -27,6 +27,7 @@ LAYERS = [
     "kernels",
     "outputs",
     "sampling_params",
+    "errors",
     "utils",
 ]
 PLAIN = ["scheduler", "block_manager", "sequence"]

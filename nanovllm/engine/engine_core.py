@@ -1,0 +1,277 @@
+"""The loop of schedule, run and postprocess, and who owns what of it. The base class of `LLMEngine`."""
+
+import logging
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from nanovllm.config import Config
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.input_processor import InputProcessor
+from nanovllm.engine.model_runner import ModelRunner, PendingTokens
+from nanovllm.engine.request import Call, Request
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import Sequence
+from nanovllm.errors import EngineDeadError
+from nanovllm.sampling_params import SamplingParams
+
+logger = logging.getLogger("nanovllm")
+
+Prompt = str | list[int] | dict[str, Any]
+
+
+class EngineCore:
+    """Requests that take part in steps, and how they leave: finished, aborted, or dropped by what struck a call.
+
+    `_exclusive` guards the state; an interruption anywhere in it is mended by `_recover` before the next use.
+    """
+
+    def __init__(self, model: str, **kwargs: Any):
+        start = perf_counter()
+        self.config = config = Config(model, **kwargs)
+        self.tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
+        self.model_runner = ModelRunner(config)
+        self._finalizer = weakref.finalize(self, ModelRunner.exit, self.model_runner)
+        num_blocks, block_size = self.model_runner.num_kvcache_blocks, config.kvcache_block_size
+        self.block_manager = BlockManager(num_blocks, block_size)
+        self.scheduler = Scheduler(
+            config.max_num_seqs, config.max_num_batched_tokens, self.block_manager, config.eos_token_ids
+        )
+        self.input_processor = InputProcessor(config, self.tokenizer, num_blocks)
+        # How many steps may be launched beyond the one whose tokens are being read. A CPU step is over when launched.
+        self.depth = 1 if config.device.type == "cuda" else 0
+        self._in_flight: deque[tuple[list[Sequence], list[Sequence | None], PendingTokens, bool]] = deque()
+        self._requests: dict[int, Request] = {}  # every unfinished request
+        self._step_call = Call()  # of the requests that `add_request` queued and `step` reports
+        self._death: EngineDeadError | None = None
+        self._interrupted = False  # whoever changed the state above did not get to the end
+        # Not a Lock: Ctrl-C may strike where a `with` is left, and the clean-up must get in all the same.
+        self._lock = threading.RLock()
+        self._busy_thread: int | None = None  # which holds the lock
+        self._aborts: deque[int] = deque()  # asked for in the middle of a step
+        logger.info(
+            "%s on %s in %s, attention by %s, cache of %d blocks (%d tokens), ready in %.2f s",
+            config.hf_config.architectures[0], config.device, str(config.dtype).removeprefix("torch."),
+            config.attention_backend, num_blocks, num_blocks * block_size, perf_counter() - start,
+        )  # fmt: skip
+
+    # ---- one request, one step ----
+
+    def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
+        """Queue one prompt (text or token ids) and return its request id, under which `step` will report it.
+
+        Raises TypeError or ValueError for a prompt or parameters that cannot be served.
+        """
+        if sampling_params is None:
+            sampling_params = self.input_processor.default_params
+        request = self.input_processor.make_request(prompt, sampling_params)
+        self._enqueue([request], self._step_call)
+        return request.request_id
+
+    def step(self) -> tuple[list[tuple[int, list[int]]], int]:
+        """Schedule a batch, launch it, and take in the tokens of the step before.
+
+        Returns the finished requests as (request id, token ids), one for each completion, and the number of tokens
+        computed.
+        """
+        with self._exclusive():
+            num_tokens = self._step() if self._requests else 0
+            finished, self._step_call.finished = self._step_call.finished, []
+        return [
+            (request.request_id, seq.completion_token_ids) for request in finished for seq in request.seqs
+        ], num_tokens
+
+    def is_finished(self) -> bool:
+        """Whether every request is done and reported."""
+        return not self._requests and not self._step_call.finished
+
+    def abort(self, request_id: int) -> None:
+        """End a request now, with what it has and `finish_reason` "abort"; harmless if it is finished or unknown."""
+        self._aborts.append(request_id)
+        # A user's callable may ask in the middle of a step, and so may the garbage collector, when it finds a stream
+        # that was left: then the step does it at its end. After `close` there is nothing left to end.
+        if self._finalizer.alive and self._busy_thread != threading.get_ident():
+            with self._exclusive():
+                self._abort_all()
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Alone with the state of the requests, which is put in order first if the last one here was interrupted."""
+        self._check_open()
+        with self._lock:
+            try:
+                self._busy_thread = threading.get_ident()
+                if self._interrupted:
+                    self._recover()
+                self._interrupted = True
+                yield
+                self._interrupted = False
+            except EngineDeadError as error:
+                self._death = error
+                raise
+            finally:
+                self._busy_thread = None
+
+    def _step(self) -> int:
+        """Returns the number of tokens launched. To be called within `_exclusive`."""
+        seqs, is_prefill = self.scheduler.schedule()
+        num_tokens = 0
+        if seqs:
+            step = self.model_runner.call("run", seqs, is_prefill)
+            num_tokens = sum([seq.num_scheduled_tokens for seq in seqs])
+            self._in_flight.append((seqs, self.scheduler.advance(seqs), step, is_prefill))
+        # Draws that depend on the tokens before them leave nothing in flight.
+        self._drain(0 if not seqs or any([seq.reads_tokens for seq in seqs]) else self.depth)
+        if self._aborts:
+            self._abort_all()
+        return num_tokens
+
+    def _drain(self, depth: int = 0) -> None:
+        """Take in the tokens of all steps in flight but the last `depth`."""
+        while len(self._in_flight) > depth:
+            self._postprocess(*self._in_flight.popleft())
+
+    def _abort_all(self) -> None:
+        """End the requests whose ids are in `_aborts`."""
+        self._drain()
+        while self._aborts:
+            request = self._requests.get(self._aborts[0])
+            for seq in request.seqs if request is not None else ():
+                if not seq.is_finished:
+                    self.scheduler.finish(seq, "abort")
+                    self._finish(seq)
+            self._aborts.popleft()
+
+    def _postprocess(
+        self, seqs: list[Sequence], sampling: list[Sequence | None], step: PendingTokens, is_prefill: bool
+    ) -> None:
+        """Take in the tokens of a launched step; `sampling`: what `advance` said of its rows."""
+        token_ids = step.wait()
+        if is_prefill:
+            for seq in sampling:
+                if seq is not None and seq.request.metrics.first_token_time is None:
+                    seq.request.metrics.first_token_time = time.time()
+        if step.logprobs is not None:
+            for row, entry in zip(step.logprobs[0], step.logprobs[1].tolist()):
+                if sampling[row] is not None and not seqs[row].is_finished:
+                    seqs[row].logprobs.append(entry)
+        for row, first, run in step.prompt_logprobs:
+            seqs[row].prompt_logprobs.update(enumerate(run.tolist(), first))
+        watched = [
+            row for row, seq in enumerate(sampling) if seq is not None and seq.is_watched and not seq.is_finished
+        ]
+        finished = self.scheduler.postprocess(sampling, token_ids)
+        for row in watched:
+            seq = seqs[row]
+            if seq.finish_reason == "error":
+                continue
+            if seq.was_ended_by_token:  # whose text is no text
+                continue
+            if seq.detokenizer is not None and seq.detokenizer.follow(seq.token_ids, seq.num_prompt_tokens):
+                seq.stop_reason = seq.detokenizer.stopped_by
+                finished += self._stop(seq)
+            elif seq.grammar is not None and seq.grammar.is_finished(seq.completion_token_ids):
+                finished += self._stop(seq)
+            if not seq.is_finished:
+                seq.request.emit(seq)
+        for seq in finished:
+            self._finish(seq)
+
+    def _stop(self, seq: Sequence) -> list[Sequence]:
+        """End `seq` for what its text says; the list of it, if the scheduler had not ended it already."""
+        if seq.is_finished:
+            seq.finish_reason = "stop"
+            return []
+        self.scheduler.finish(seq, "stop")
+        return [seq]
+
+    def _finish(self, seq: Sequence) -> None:
+        """`seq` has ended; if it is the last of its request, so has that."""
+        request = seq.request
+        if seq.detokenizer is not None:
+            seq.detokenizer.finish(request.shown_token_ids(seq))
+        request.emit(seq)
+        if request.is_finished:
+            self._report(request)
+
+    def _report(self, request: Request) -> None:
+        """Hand a finished request to whoever waits for it. An interrupted one is done again, hence the order."""
+        call = request.call
+        request.metrics.finished_time = time.time()
+        if request not in call.finished:
+            call.finished.append(request)
+        call.unfinished.discard(request.request_id)
+        self._requests.pop(request.request_id, None)
+
+    def _recover(self) -> None:
+        """After an interruption anywhere: let the device finish, then start the surviving requests over."""
+        while self._in_flight:
+            self._in_flight.popleft()[2].wait()
+        survivors = []
+        for request in list(self._requests.values()):
+            for seq in request.seqs:
+                if not seq.is_finished and len(seq.token_ids) > seq.num_prompt_tokens and (end := seq.end_reason()):
+                    seq.finish(end)
+                if seq.is_finished:  # but perhaps nobody was told
+                    self._finish(seq)
+                else:
+                    if seq.detokenizer is not None:
+                        seq.detokenizer.reset()
+                    del seq.logprobs[len(seq.token_ids) - seq.num_prompt_tokens :]
+                    survivors.append(seq)
+        self.scheduler.reset(survivors)
+        self._interrupted = False
+
+    def _enqueue(self, requests: list[Request], call: Call, stream: bool = False) -> None:
+        self._check_open()
+        try:
+            with self._lock:
+                for request in requests:
+                    request.call = call
+                    call.unfinished.add(request.request_id)
+                    request.start(stream)
+                    self._requests[request.request_id] = request
+                    for seq in request.seqs:
+                        self.scheduler.add(seq)
+        except BaseException:
+            self._drop(requests)
+            raise
+
+    def _drop(self, requests: list[Request]) -> None:
+        """Take a failed or abandoned call's requests out, whatever state they are in."""
+        for request in requests:
+            self._requests.pop(request.request_id, None)
+        if self._death is not None:  # nothing is left to put in order
+            return
+        with self._lock:
+            self._interrupted = True
+            with self._exclusive():  # which recovers
+                pass
+
+    # ---- the end ----
+
+    def exit(self) -> None:
+        """Give back memory and processes; harmless when repeated. The engine cannot be used afterwards."""
+        with self._lock:  # not in the middle of another thread's step
+            self._finalizer()
+
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise RuntimeError("this engine has been closed: make another LLM")
+        if self._death is not None:
+            raise EngineDeadError(f"this engine is dead, close it and make another LLM: {self._death}")
+
+    close = exit
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.exit()
