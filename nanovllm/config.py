@@ -11,6 +11,7 @@ import transformers
 from transformers import CONFIG_MAPPING
 
 from nanovllm.attention import choose_backend
+from nanovllm.utils.distributed import check_divisible
 from nanovllm.utils.validation import check_bool, check_float, check_int, strict_kwargs
 
 logger = logging.getLogger("nanovllm")
@@ -29,7 +30,8 @@ class Config:
         max_num_seqs: sequences resident (holding cache) at once. Default 512.
         max_model_len: tokens of prompt and completion together; lowered to what the model supports. Default 4096.
         gpu_memory_utilization: share of the GPU's memory that the engine may fill. Default 0.9.
-        tensor_parallel_size: number of ranks; only 1 in this version.
+        tensor_parallel_size: ranks that share the model, one process and (on CUDA) one GPU each, from `device` on.
+            Default 1.
         enforce_eager: run decode without CUDA graphs. Default False.
         kvcache_block_size: tokens per block: any on `sdpa`, multiples of 16 on `triton`, of 256 on `flash_attn`.
         num_kvcache_blocks: size of the cache in blocks; -1 sizes it from free memory.
@@ -38,6 +40,7 @@ class Config:
         attention_backend: "sdpa", "flash_attn" or "triton"; None picks the fastest available.
         seed: of requests that bring none.
         deterministic: batch-invariant results; only False in this version.
+        worker_timeout_s: a rank that shows no sign of life for so long is given up, and with it the engine. Default 10.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range.
@@ -58,6 +61,7 @@ class Config:
     attention_backend: str | None = None
     seed: int = 0
     deterministic: bool = False
+    worker_timeout_s: float = 10.0
     hf_config: Any = field(init=False, repr=False)
     eos_token_ids: frozenset[int] = field(init=False, repr=False)
 
@@ -73,13 +77,13 @@ class Config:
             check_int("num_kvcache_blocks", self.num_kvcache_blocks, 1)
         check_int("seed", self.seed, -(2**63), 2**63 - 1)
         check_bool("deterministic", self.deterministic)
-        if self.tensor_parallel_size > 1:
-            raise ValueError(f"tensor_parallel_size={self.tensor_parallel_size}: this version runs on one rank; pass 1")
+        check_float("worker_timeout_s", self.worker_timeout_s, 1.0, 86400.0)
         if self.deterministic:
             raise ValueError("deterministic=True: this version has no batch-invariant mode; leave it False")
         path = find_checkpoint(self.model)
         hf_config = load_hf_config(path)
-        device = resolve_device(self.device)
+        check_divisible(hf_config, self.tensor_parallel_size)
+        device = resolve_device(self.device, self.tensor_parallel_size)
         dtype = resolve_dtype(self.dtype, device, hf_config)
         backend = choose_backend(self.attention_backend, device, dtype, self.kvcache_block_size, head_dim(hf_config))
         model_len = getattr(hf_config, "max_position_embeddings", self.max_model_len)
@@ -153,7 +157,8 @@ def head_dim(hf_config: Any) -> int:
     return getattr(hf_config, "hidden_size", 0) // getattr(hf_config, "num_attention_heads", 1)
 
 
-def resolve_device(device: Any) -> torch.device:
+def resolve_device(device: Any, num_ranks: int = 1) -> torch.device:
+    """Rank 0's device; the other ranks have the ones after it, or the same CPU."""
     if isinstance(device, str) and device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -167,7 +172,13 @@ def resolve_device(device: Any) -> torch.device:
             raise ValueError(f"device='{device}', but this torch ({torch.__version__}) sees no CUDA device; pass 'cpu'")
         if (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"device='{device}', but there are {torch.cuda.device_count()} CUDA devices")
-        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device() if num_ranks == 1 else 0)
+        if device.index + num_ranks > torch.cuda.device_count():
+            raise ValueError(
+                f"tensor_parallel_size={num_ranks}, the first rank on '{device}', needs {device.index + num_ranks} "
+                f"CUDA devices, and there are {torch.cuda.device_count()}"
+            )
     return device
 
 

@@ -1,4 +1,4 @@
-"""Sequences -> input tensors. Called by the model runner; the only place where requests become tensors.
+"""Sequences -> integers -> input tensors. Called by the model runner; the only place where requests become tensors.
 
 B rows, T new tokens in all, R permanent rows. The device keeps each running request's state in a permanent row, so a
 decode step needs nothing from the host but which rows take part: their newest tokens have never left the device.
@@ -13,6 +13,8 @@ import torch
 
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.sampler import LogitsAdjustments
+
+PROMPT_LOGPROBS_CHUNK = 512  # positions whose logits exist at once
 
 
 class RequestState:
@@ -37,11 +39,36 @@ class RequestState:
 
 
 @dataclass(slots=True)
+class StepInput:
+    """One step in integers: what every rank is told of it, and all that a rank without sequences needs."""
+
+    is_prefill: bool  # some row computes more than its newest sampled token
+    is_plain: bool  # every draw is from softmax(logits / temperature), and nothing else is asked for
+    num_rows: int  # B
+    num_tokens: int  # T
+    num_updates: int  # U, new entries of block tables
+    num_decodes: int  # the first rows: their one input id is the row's last token
+    num_logprob_runs: int  # L, runs of prompt tokens whose log probabilities are asked for
+    max_seqlen_q: int  # over the rows that are no decodes
+    max_context_len: int
+    # int64, one part after another. A decode step: rows [B], block updates [3, U]. A prefill step: input ids [T],
+    # positions [T], slots [T], rows [B], context lens [B], cu_seqlens_q [B + 1], updates [3, U], seeds [B],
+    # temperatures [B] (float64), and last, for the host alone, logprob runs [2, L] (begins and ends within T).
+    data: np.ndarray
+
+    @property
+    def logprob_runs(self) -> list[tuple[int, int]]:
+        if not self.num_logprob_runs:
+            return []
+        return [(begin, end) for begin, end in self.data[-2 * self.num_logprob_runs :].reshape(2, -1).T.tolist()]
+
+
+@dataclass(slots=True)
 class PrefillBatch:
     """A step in which some row computes more than its newest token. Device tensors, int64 but for the temperatures."""
 
-    num_decodes: int  # the first rows: their one input id is the row's last token
-    max_seqlen_q: int  # over the other rows
+    num_decodes: int
+    max_seqlen_q: int
     max_context_len: int
     input_ids: torch.Tensor  # [T]; 0 for decodes
     positions: torch.Tensor  # [T]
@@ -58,7 +85,7 @@ class PrefillBatch:
 class DecodeBatch:
     """A step in which every row computes its newest token."""
 
-    row_ids: list[int]  # the permanent rows
+    row_ids: np.ndarray  # [B], the permanent rows
     max_context_len: int
     rows: torch.Tensor  # [B] int64, the same on the device
     block_updates: torch.Tensor | None  # [3, U] int64, see RequestState.write_blocks
@@ -80,23 +107,39 @@ def block_updates(seqs: list[Sequence]) -> list[tuple[int, int, int]]:
     return updates
 
 
-def prepare_decode(seqs: list[Sequence], device: torch.device, previous: DecodeBatch | None = None) -> DecodeBatch:
-    """`previous`: the batch of the step before; if its rows are these, they need not travel again."""
+def prepare_decode(seqs: list[Sequence]) -> StepInput:
     updates = block_updates(seqs)
-    row_ids = [seq.row for seq in seqs]
-    if previous is not None and previous.row_ids == row_ids:
-        rows = previous.rows
-    else:
-        rows = to_device(np.array(row_ids, dtype=np.int64), device)
-    return DecodeBatch(
-        row_ids=row_ids,
+    rows = np.array([seq.row for seq in seqs], dtype=np.int64)
+    return StepInput(
+        is_prefill=False,
+        is_plain=all([seq.is_plain for seq in seqs]),
+        num_rows=len(seqs),
+        num_tokens=len(seqs),
+        num_updates=len(updates),
+        num_decodes=len(seqs),
+        num_logprob_runs=0,
+        max_seqlen_q=1,
         max_context_len=max([seq.num_cached_tokens for seq in seqs]) + 1,
-        rows=rows,
-        block_updates=to_device(np.array(updates, dtype=np.int64).T.copy(), device) if updates else None,
+        data=np.concatenate([rows, np.array(updates, dtype=np.int64).T.ravel()]) if updates else rows,
     )
 
 
-def prepare_prefill(seqs: list[Sequence], device: torch.device) -> PrefillBatch:
+def decode_batch(step: StepInput, device: torch.device, previous: DecodeBatch | None = None) -> DecodeBatch:
+    """`previous`: the batch of the step before; if its rows are these, they need not travel again."""
+    row_ids, updates = step.data[: step.num_rows], step.data[step.num_rows :]
+    if previous is not None and np.array_equal(previous.row_ids, row_ids):
+        rows = previous.rows
+    else:
+        rows = to_device(row_ids, device)
+    return DecodeBatch(
+        row_ids=row_ids,
+        max_context_len=step.max_context_len,
+        rows=rows,
+        block_updates=to_device(updates, device).view(3, -1) if step.num_updates else None,
+    )
+
+
+def prepare_prefill(seqs: list[Sequence]) -> StepInput:
     """Everything packed into one array, so that it takes one copy."""
     num_decodes = sum(seq.is_decoding for seq in seqs)
     cu_seqlens = np.zeros(len(seqs) + 1, dtype=np.int64)
@@ -111,27 +154,72 @@ def prepare_prefill(seqs: list[Sequence], device: torch.device) -> PrefillBatch:
         first_block = first // seq.block_size
         table = np.array(seq.block_table[first_block : (last - 1) // seq.block_size + 1])
         slots[begin:end] = table[own // seq.block_size - first_block] * seq.block_size + own % seq.block_size
-    parts: dict[str, Any] = {
-        "input_ids": input_ids,
-        "positions": positions,
-        "slot_mapping": slots,
-        "rows": [seq.row for seq in seqs],
-        "context_lens": [seq.num_cached_tokens + seq.num_scheduled_tokens for seq in seqs],
-        "cu_seqlens_q": cu_seqlens,
-        "block_updates": np.array(block_updates(seqs), dtype=np.int64).reshape(-1, 3).T.ravel(),
-        "seeds": [seq.seed for seq in seqs],
-        "temperatures": np.array([seq.sampling_params.temperature for seq in seqs], dtype=np.float64).view(np.int64),
-    }
-    packed = to_device(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts.values()]), device)
-    tensors = dict(zip(parts, packed.split([len(part) for part in parts.values()])))
-    tensors["block_updates"] = tensors["block_updates"].view(3, -1)
-    tensors["temperatures"] = tensors["temperatures"].view(torch.float64).float()
-    return PrefillBatch(
+    context_lens = [seq.num_cached_tokens + seq.num_scheduled_tokens for seq in seqs]
+    updates = block_updates(seqs)
+    runs = [(begin, end) for _, _, begin, end in prompt_logprob_runs(seqs)]
+    parts: list[Any] = [
+        input_ids,
+        positions,
+        slots,
+        [seq.row for seq in seqs],
+        context_lens,
+        cu_seqlens,
+        np.array(updates, dtype=np.int64).T.ravel(),
+        [seq.seed for seq in seqs],
+        np.array([seq.sampling_params.temperature for seq in seqs], dtype=np.float64).view(np.int64),
+        np.array(runs, dtype=np.int64).T.ravel(),
+    ]
+    return StepInput(
+        is_prefill=True,
+        is_plain=all([seq.is_plain for seq in seqs]),
+        num_rows=len(seqs),
+        num_tokens=num_tokens,
+        num_updates=len(updates),
         num_decodes=num_decodes,
+        num_logprob_runs=len(runs),
         max_seqlen_q=max((seq.num_scheduled_tokens for seq in seqs[num_decodes:]), default=1),
-        max_context_len=max(parts["context_lens"]),
-        **tensors,
+        max_context_len=max(context_lens),
+        data=np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]),
     )
+
+
+def prefill_batch(step: StepInput, device: torch.device) -> PrefillBatch:
+    num_rows, num_tokens = step.num_rows, step.num_tokens
+    sizes = [num_tokens] * 3 + [num_rows, num_rows, num_rows + 1, 3 * step.num_updates, num_rows, num_rows]
+    packed = to_device(step.data[: sum(sizes)], device)
+    input_ids, positions, slots, rows, context_lens, cu_seqlens, updates, seeds, temperatures = packed.split(sizes)
+    return PrefillBatch(
+        num_decodes=step.num_decodes,
+        max_seqlen_q=step.max_seqlen_q,
+        max_context_len=step.max_context_len,
+        input_ids=input_ids,
+        positions=positions,
+        slot_mapping=slots,
+        rows=rows,
+        context_lens=context_lens,
+        cu_seqlens_q=cu_seqlens,
+        block_updates=updates.view(3, -1) if step.num_updates else None,
+        seeds=seeds,
+        temperatures=temperatures.view(torch.float64).float(),
+    )
+
+
+def prompt_logprob_runs(seqs: list[Sequence]) -> list[tuple[int, int, int, int]]:
+    """The runs of prompt tokens whose log probabilities this step yields, none longer than its logits may be.
+
+    Each is (row, position of its first token, and where the hidden states that predict it begin and end within T).
+    """
+    runs, offset = [], 0
+    for row, seq in enumerate(seqs):
+        count = seq.num_scheduled_tokens
+        if seq.sampling_params.prompt_logprobs is not None:
+            first = seq.num_cached_tokens + 1  # the token that the first hidden state predicts
+            last = min(first + count, seq.num_prompt_tokens)
+            for start in range(first, last, PROMPT_LOGPROBS_CHUNK):
+                stop = min(start + PROMPT_LOGPROBS_CHUNK, last)
+                runs.append((row, start, offset + start - first, offset + stop - first))
+        offset += count
+    return runs
 
 
 def prepare_sample(seqs: list[Sequence], vocab_size: int, device: torch.device) -> LogitsAdjustments | None:

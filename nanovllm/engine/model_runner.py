@@ -4,8 +4,8 @@
 """
 
 import gc
-import os
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,66 +16,68 @@ from nanovllm.engine.batch import (
     DecodeBatch,
     PrefillBatch,
     RequestState,
+    StepInput,
+    decode_batch,
+    prefill_batch,
     prepare_decode,
     prepare_prefill,
     prepare_sample,
+    prompt_logprob_runs,
 )
 from nanovllm.engine.cuda_graph import DecodeGraphs
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.step_output import PendingTokens, StepOutput, sampled_logprobs
 from nanovllm.kernels.request_state import advance_rows, gather_rows
+from nanovllm.kernels.sampling import gumbel_max
 from nanovllm.layers.attention import Attention
-from nanovllm.layers.sampler import LogprobsTensors, Sampler, compute_logprobs
+from nanovllm.layers.sampler import Sampler, compute_logprobs
 from nanovllm.models import get_model_class
 from nanovllm.utils.context import Context, set_context
 from nanovllm.utils.distributed import TensorParallel
 from nanovllm.utils.loader import load_model
+from nanovllm.utils.memory import free_ram_bytes
 
-PROMPT_LOGPROBS_CHUNK = 512  # positions whose logits exist at once
+if TYPE_CHECKING:
+    from nanovllm.engine.worker import WorkerGroup
+
 CPU_CACHE_SHARE = 0.25  # of the RAM that is free when the engine starts
 
 
-class PendingTokens:
-    """The tokens of a launched step, [B], and the log probabilities some rows asked for, on their way to the host."""
-
+class ModelRunner:
     def __init__(
         self,
-        token_ids: torch.Tensor,
-        logprobs: tuple[list[int], LogprobsTensors] | None = None,
-        prompt_logprobs: list[tuple[int, int, LogprobsTensors]] | None = None,
+        config: Config,
+        rank: int = 0,
+        connect: Callable[[], TensorParallel] = TensorParallel,
+        loaded: Callable[[], None] = lambda: None,
     ):
-        """logprobs: the rows of the batch and their tokens'; prompt_logprobs: row, first position and its run's."""
-        self.event = None
-        self.token_ids = self._to_host(token_ids)
-        self.logprobs = logprobs and (logprobs[0], logprobs[1].map(self._to_host))
-        self.prompt_logprobs = [(row, first, run.map(self._to_host)) for row, first, run in prompt_logprobs or ()]
-        if token_ids.is_cuda:
-            self.event = torch.cuda.Event()
-            self.event.record()
-
-    @staticmethod
-    def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_cuda:
-            return tensor
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-
-    def wait(self) -> list[int]:
-        if self.event is not None:
-            self.event.synchronize()
-        return self.token_ids.tolist()
-
-
-class ModelRunner:
-    def __init__(self, config: Config, rank: int = 0):
+        """connect, loaded: how a rank beside rank 0 meets the others, and says that it has its weights."""
         self.config = config
         self.device: torch.device = config.device
         self.block_size = config.kvcache_block_size
         self.max_blocks = -(-config.max_model_len // self.block_size)  # of one sequence
+        self.workers: WorkerGroup | None = None
+        if config.tensor_parallel_size > 1 and rank == 0:
+            from nanovllm.engine import worker  # here, because there it is run as a program
+
+            self.workers = worker.WorkerGroup(config)
+            connect, loaded = self.workers.connect, self.workers.loaded
+        try:
+            self._start(connect, loaded)
+        except BaseException:
+            if self.workers is not None:
+                self.workers.stop()
+            raise
+
+    def _start(self, connect: Callable[[], TensorParallel], loaded: Callable[[], None]) -> None:
+        config = self.config
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         model_class = get_model_class(config.hf_config)
-        tp = TensorParallel(rank, config.tensor_parallel_size)
-        self.model = build_model(model_class, config, tp)
+        self.tp = connect()
+        self.model = build_model(model_class, config, self.tp)
         load_model(self.model, config.model)
+        loaded()
         self.sampler = Sampler()
         self.last_decode: DecodeBatch | None = None
         self.backend = load_backend(str(config.attention_backend), self.block_size)
@@ -89,34 +91,57 @@ class ModelRunner:
     # ---- a step ----
 
     def call(self, method: str, *args: Any) -> Any:
-        """Run a method by name on every rank (one, so far)."""
+        """Run a method by name; `run` tells the other ranks."""
         return getattr(self, method)(*args)
 
-    @torch.inference_mode()
     def run(self, seqs: list[Sequence], is_prefill: bool) -> PendingTokens:
-        """Launch one step; every row gets a token (in the middle of a prompt it means nothing)."""
-        is_plain = all([seq.is_plain for seq in seqs])
-        if is_prefill:
-            prefill = self.prepare_prefill(seqs)
-            return PendingTokens(self.run_prefill(prefill)) if is_plain else self.run_prefill_adjusted(seqs, prefill)
-        decode = self.last_decode = self.prepare_decode(seqs)
+        """Launch one step on every rank; every row gets a token (in the middle of a prompt it means nothing).
+
+        Raises EngineDeadError if a rank is lost.
+        """
+        step = self.prepare_prefill(seqs) if is_prefill else self.prepare_decode(seqs)
+        if self.workers is None:
+            return self._pending(self.execute(step, seqs))
+        with self.workers.together(step):
+            output = self.execute(step, seqs)
+        return self._pending(output)
+
+    def _pending(self, output: StepOutput) -> PendingTokens:
+        if output.error is not None:
+            raise output.error
+        return PendingTokens(output, self.workers.check if self.workers is not None else None)
+
+    @torch.inference_mode()
+    def execute(self, step: StepInput, seqs: list[Sequence] | None = None) -> StepOutput:
+        """This rank's part of a step. Rank 0 has the sequences, and with them what some rows ask for."""
+        if step.is_prefill:
+            batch = prefill_batch(step, self.device)
+            if step.is_plain:
+                return StepOutput(self.run_prefill(batch))
+            return self.run_prefill_adjusted(step, batch, seqs)
+        decode = self.last_decode = decode_batch(step, self.device, self.last_decode)
         self.state.write_blocks(decode.block_updates)
-        if not is_plain:
-            return self.run_decode_adjusted(seqs, decode)
+        if not step.is_plain:
+            return self.run_decode_adjusted(decode, seqs)
         if self.graphs is not None:
-            return PendingTokens(self.graphs.replay(decode.rows)[0])
-        return PendingTokens(self.run_decode(decode.rows, decode.max_context_len))
+            return StepOutput(self.graphs.replay(decode.rows)[0])
+        return StepOutput(self.run_decode(decode.rows, decode.max_context_len))
 
-    def prepare_prefill(self, seqs: list[Sequence]) -> PrefillBatch:
-        return prepare_prefill(seqs, self.device)
+    def loop(self, next_step: Callable[[], StepInput | None]) -> None:
+        """What a rank beside rank 0 does until it is told to end."""
+        while (step := next_step()) is not None:
+            self.execute(step)
 
-    def prepare_decode(self, seqs: list[Sequence]) -> DecodeBatch:
-        return prepare_decode(seqs, self.device, self.last_decode)
+    def prepare_prefill(self, seqs: list[Sequence]) -> StepInput:
+        return prepare_prefill(seqs)
+
+    def prepare_decode(self, seqs: list[Sequence]) -> StepInput:
+        return prepare_decode(seqs)
 
     def run_prefill(self, batch: PrefillBatch) -> torch.Tensor:
         """Launch a step with prompts in it -> token ids [B] int64 on the device."""
         logits, _ = self.forward_prefill(batch)
-        token_ids = self.sampler(logits, batch.temperatures, batch.seeds, batch.context_lens)
+        token_ids = self.sample(logits, batch.temperatures, batch.seeds, batch.context_lens)
         self.state.last_token[batch.rows] = token_ids
         return token_ids
 
@@ -124,34 +149,77 @@ class ModelRunner:
         """The decode step of permanent `rows` [B] int64 -> token ids [B] int64; all on the device, to be captured."""
         state = self.state
         logits, positions = self.forward_decode(rows, max_context_len)
-        token_ids = self.sampler(logits, state.temperatures[rows], state.seeds[rows], positions + 1)
+        token_ids = self.sample(logits, state.temperatures[rows], state.seeds[rows], positions + 1)
         advance_rows(rows, positions, token_ids, state.last_token, state.num_cached_tokens)
         return token_ids
 
-    def run_prefill_adjusted(self, seqs: list[Sequence], batch: PrefillBatch) -> PendingTokens:
+    def run_prefill_adjusted(self, step: StepInput, batch: PrefillBatch, seqs: list[Sequence] | None) -> StepOutput:
         """`run_prefill` where some row asks for more than a temperature."""
         logits, hidden_states = self.forward_prefill(batch)
-        adjustments = prepare_sample(seqs, logits.shape[1], self.device)
-        token_ids = self.sampler(logits, batch.temperatures, batch.seeds, batch.context_lens, adjustments)
-        self.state.last_token[batch.rows] = token_ids
-        return PendingTokens(
-            token_ids, sampled_logprobs(seqs, logits, token_ids), self.prompt_logprobs(seqs, hidden_states)
-        )
+        runs = []
+        for i, (begin, end) in enumerate(step.logprob_runs):
+            run_logits = self.full_logits(self.model.compute_logits(hidden_states[begin:end]))
+            if seqs is not None:
+                row, first, _, _ = prompt_logprob_runs(seqs)[i]
+                token_ids = torch.tensor(seqs[row].token_ids[first : first + end - begin], device=self.device)
+                k = seqs[row].sampling_params.prompt_logprobs or 0
+                runs.append((row, first, compute_logprobs(run_logits, token_ids, k)))
+        output = self.sample_adjusted(logits, batch.temperatures, batch.seeds, batch.context_lens, seqs)
+        self.state.last_token[batch.rows] = output.token_ids
+        output.prompt_logprobs = runs
+        return output
 
-    def run_decode_adjusted(self, seqs: list[Sequence], batch: DecodeBatch) -> PendingTokens:
+    def run_decode_adjusted(self, batch: DecodeBatch, seqs: list[Sequence] | None) -> StepOutput:
         """`run_decode` where some row asks for more: the forward may be a graph, the sampling is not."""
         state, rows = self.state, batch.rows
         if self.graphs is not None:
             logits, positions = self.graphs.replay(rows, sample=False)
         else:
             logits, positions = self.forward_decode(rows, batch.max_context_len)
-        adjustments = prepare_sample(seqs, logits.shape[1], self.device)
-        token_ids = self.sampler(logits, state.temperatures[rows], state.seeds[rows], positions + 1, adjustments)
-        advance_rows(rows, positions, token_ids, state.last_token, state.num_cached_tokens)
-        return PendingTokens(token_ids, sampled_logprobs(seqs, logits, token_ids))
+        output = self.sample_adjusted(logits, state.temperatures[rows], state.seeds[rows], positions + 1, seqs)
+        advance_rows(rows, positions, output.token_ids, state.last_token, state.num_cached_tokens)
+        return output
+
+    def sample(
+        self, logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """This rank's logits [B, num_valid] -> token ids [B] int64, on all ranks; the logits themselves stay here."""
+        if self.tp.size == 1:
+            return self.sampler(logits, temperatures, seeds, positions)
+        scores, token_ids = gumbel_max(logits, temperatures, seeds, positions, self.model.lm_head.first_token_id)
+        pairs = self.tp.all_gather(torch.stack([scores, token_ids.int().view(torch.float32)]))  # [ranks, 2, B]
+        scores = pairs[:, 0]
+        winners = (scores == scores.amax(0)).int().argmax(0)  # the first of equals, hence the lowest id
+        return pairs[:, 1].view(torch.int32).gather(0, winners[None]).squeeze(0).long()
+
+    def sample_adjusted(
+        self,
+        logits: torch.Tensor,
+        temperatures: torch.Tensor,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+        seqs: list[Sequence] | None,
+    ) -> StepOutput:
+        """Rank 0 draws from the whole logits and tells the others."""
+        logits = self.full_logits(logits)
+        output = StepOutput(torch.full_like(positions, -1))
+        if seqs is not None:
+            try:
+                adjustments = prepare_sample(seqs, logits.shape[1], self.device)
+                output.token_ids = self.sampler(logits, temperatures, seeds, positions, adjustments)
+                output.logprobs = sampled_logprobs(seqs, logits, output.token_ids)
+            except BaseException as error:  # a user's callable may raise whatever it likes
+                output.error = error
+        if self.tp.size > 1:
+            self.tp.broadcast(output.token_ids)
+        return output
+
+    def full_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """This rank's logits [B, num_valid] -> all ranks', [B, vocab]."""
+        return self.model.lm_head.gather(logits)
 
     def forward_prefill(self, batch: PrefillBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> logits [B, vocab] and hidden states [T, hidden]; the rows' state is set up for what follows."""
+        """-> logits [B, num_valid] and hidden states [T, hidden]; the rows' state is set up for what follows."""
         state, rows = self.state, batch.rows
         state.write_blocks(batch.block_updates)
         state.temperatures[rows] = batch.temperatures
@@ -173,7 +241,7 @@ class ModelRunner:
         return self.model.compute_logits(hidden_states[batch.cu_seqlens_q[1:] - 1]), hidden_states
 
     def forward_decode(self, rows: torch.Tensor, max_context_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> logits [B, vocab] and the positions [B] int64 of the tokens they follow."""
+        """-> logits [B, num_valid] and the positions [B] int64 of the tokens they follow."""
         state = self.state
         input_ids, positions, slot_mapping, context_lens, block_tables = gather_rows(
             rows, state.last_token, state.num_cached_tokens, state.block_tables, self.block_size
@@ -193,24 +261,6 @@ class ModelRunner:
         with set_context(context):
             self.backend.prepare(context)
             return self.model(input_ids, positions)
-
-    def prompt_logprobs(
-        self, seqs: list[Sequence], hidden_states: torch.Tensor
-    ) -> list[tuple[int, int, LogprobsTensors]]:
-        """For the rows that ask: row, the position of the first token, and the run's log probabilities."""
-        runs, begin = [], 0
-        for row, seq in enumerate(seqs):
-            count, k = seq.num_scheduled_tokens, seq.sampling_params.prompt_logprobs
-            if k is not None:
-                first = seq.num_cached_tokens + 1  # the token that the run's first hidden state predicts
-                last = min(first + count, seq.num_prompt_tokens)
-                for start in range(first, last, PROMPT_LOGPROBS_CHUNK):
-                    stop = min(start + PROMPT_LOGPROBS_CHUNK, last)
-                    logits = self.model.compute_logits(hidden_states[begin + start - first : begin + stop - first])
-                    token_ids = torch.tensor(seq.token_ids[start:stop], device=self.device)
-                    runs.append((row, start, compute_logprobs(logits, token_ids, k)))
-            begin += count
-        return runs
 
     # ---- memory ----
 
@@ -239,7 +289,7 @@ class ModelRunner:
 
     @property
     def _num_kv_heads(self) -> int:
-        return self.config.hf_config.num_key_value_heads // self.config.tensor_parallel_size
+        return self.tp.kv_heads(self.config.hf_config.num_key_value_heads)
 
     @property
     def _head_dim(self) -> int:
@@ -262,8 +312,9 @@ class ModelRunner:
             _, total = torch.cuda.mem_get_info(self.device)
             available = total * config.gpu_memory_utilization - self._memory_used_bytes() - reserve_bytes
         else:
-            available = free_ram_bytes() * CPU_CACHE_SHARE
+            available = free_ram_bytes() * CPU_CACHE_SHARE / self.tp.size
         num_blocks = min(int(available // self.block_bytes), config.max_num_seqs * self.max_blocks)
+        num_blocks = int(self.tp.all_gather(torch.tensor([num_blocks], device=self.device)).min())  # what all can hold
         if num_blocks < 1:
             raise ValueError(
                 f"no memory for a KV cache: {available / 2**20:.0f} MiB are left, and one block of {self.block_size} "
@@ -301,7 +352,9 @@ class ModelRunner:
         return reserve_bytes
 
     def exit(self) -> None:
-        """Give back the device's memory; harmless when repeated."""
+        """Give back processes and the device's memory; harmless when repeated."""
+        if self.workers is not None:
+            self.workers.stop()  # first: to free memory is to wait for kernels, which may be waiting for a lost rank
         self.graphs = None
         for name in ("model", "kv_cache", "state", "sampler", "backend"):
             self.__dict__.pop(name, None)
@@ -309,18 +362,6 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-
-
-def sampled_logprobs(
-    seqs: list[Sequence], logits: torch.Tensor, token_ids: torch.Tensor
-) -> tuple[list[int], LogprobsTensors] | None:
-    """For the rows that ask: their numbers, and their sampled tokens' log probabilities."""
-    rows = [row for row, seq in enumerate(seqs) if seq.sampling_params.logprobs is not None]
-    if not rows:
-        return None
-    k = max(seqs[row].sampling_params.logprobs or 0 for row in rows)
-    index = torch.tensor(rows, device=logits.device)
-    return rows, compute_logprobs(logits[index], token_ids[index], k)
 
 
 def build_model(model_class: type, config: Config, tp: TensorParallel) -> Any:
@@ -354,22 +395,3 @@ def dummy_prefill(lens: list[int], row: int, device: torch.device) -> PrefillBat
         seeds=torch.zeros(num_seqs, dtype=torch.int64, device=device),
         temperatures=torch.ones(num_seqs, device=device),
     )
-
-
-def free_ram_bytes() -> int:
-    """RAM that can be had without swapping."""
-    try:
-        with open("/proc/meminfo") as file:
-            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-        return int(min(free, cgroup_free_bytes()))
-    except (OSError, StopIteration):  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def cgroup_free_bytes() -> float:
-    """What a container's limit (control group version 2) leaves; infinite without one."""
-    try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
-            return float(limit.read()) - float(used.read())
-    except (OSError, ValueError):  # no such file, or "max"
-        return float("inf")

@@ -47,10 +47,14 @@ class MergedColumnParallelLinear(LinearBase):
         super().__init__(input_size, sum(self.shard_sizes), bias, tp)
 
     def load(self, name: str, tensor: torch.Tensor, shard_id: str | int | None) -> None:
-        index = int(shard_id or 0)
-        target = self.get_parameter(name).narrow(0, sum(self.shard_sizes[:index]), self.shard_sizes[index])
-        check_dim(tensor, 0, self.shard_sizes[index] * self.tp.size)
-        copy_exact(target, tensor.narrow(0, self.tp.rank * self.shard_sizes[index], self.shard_sizes[index]))
+        self.load_part(name, tensor, int(shard_id or 0), self.tp.rank, self.tp.size)
+
+    def load_part(self, name: str, tensor: torch.Tensor, index: int, part: int, num_parts: int) -> None:
+        """Fill the shard `index` with one of the `num_parts` equal parts of `tensor`."""
+        shard_size = self.shard_sizes[index]
+        target = self.get_parameter(name).narrow(0, sum(self.shard_sizes[:index]), shard_size)
+        check_dim(tensor, 0, shard_size * num_parts)
+        copy_exact(target, tensor.narrow(0, part * shard_size, shard_size))
 
     def forward_normed(
         self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None, gated: bool = False
@@ -81,12 +85,15 @@ class QKVParallelLinear(MergedColumnParallelLinear):
     def __init__(
         self, hidden_size: int, head_dim: int, num_heads: int, num_kv_heads: int, bias: bool, tp: TensorParallel
     ):
-        tp.shard("num_attention_heads", num_heads)
-        tp.shard("num_key_value_heads", num_kv_heads)
-        super().__init__(hidden_size, [n * head_dim for n in (num_heads, num_kv_heads, num_kv_heads)], bias, tp)
+        # With more ranks than key/value heads, several ranks hold the same one.
+        self.kv_copies = tp.kv_heads(num_kv_heads) * tp.size // num_kv_heads
+        sizes = [n * head_dim for n in (num_heads, num_kv_heads * self.kv_copies, num_kv_heads * self.kv_copies)]
+        super().__init__(hidden_size, sizes, bias, tp)
 
     def load(self, name: str, tensor: torch.Tensor, shard_id: str | int | None) -> None:
-        super().load(name, tensor, self.SHARDS[str(shard_id)])
+        index = self.SHARDS[str(shard_id)]
+        copies = self.kv_copies if index else 1
+        self.load_part(name, tensor, index, self.tp.rank // copies, self.tp.size // copies)
 
 
 class RowParallelLinear(LinearBase):
@@ -106,4 +113,11 @@ class RowParallelLinear(LinearBase):
         super().load(name, tensor, shard_id)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear_partial(x, self.weight) if self.bias is None else F.linear(x, self.weight, self.bias)
+        if self.tp.size == 1:
+            return linear_partial(x, self.weight) if self.bias is None else F.linear(x, self.weight, self.bias)
+        out = linear_partial(x, self.weight)
+        if out.dim() == 3:
+            out = out.sum(0).to(x.dtype)
+        if self.bias is not None and self.tp.rank == 0:  # once
+            out = out + self.bias
+        return self.tp.all_reduce(out)

@@ -27,7 +27,7 @@ class Qwen3Attention(nn.Module):
         self.eps = config.rms_norm_eps
         self.qkv_proj = QKVParallelLinear(config.hidden_size, dim, num_heads, num_kv_heads, qkv_bias, tp)
         self.o_proj = RowParallelLinear(num_heads * dim, config.hidden_size, o_bias, tp)
-        self.attn = Attention(num_heads // tp.size, num_kv_heads // tp.size, dim, rotary_emb)
+        self.attn = Attention(num_heads // tp.size, tp.kv_heads(num_kv_heads), dim, rotary_emb)
         self.q_norm = RMSNorm(dim, self.eps) if self.qk_norm else None
         self.k_norm = RMSNorm(dim, self.eps) if self.qk_norm else None
 
@@ -117,5 +117,5 @@ class Qwen3ForCausalLM(nn.Module):
         return self.model(input_ids, positions)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """hidden_states [B, hidden], one a row -> logits [B, vocab]."""
+        """hidden_states [B, hidden], one a row -> logits [B, vocab], of this rank's part of the vocabulary."""
         return self.lm_head(hidden_states)

@@ -1,0 +1,91 @@
+"""The shared memory through which rank 0 tells the others of a step: integers of a fixed layout, no pickle.
+
+Called by engine/worker.py. The memory has no name: it is an anonymous file that workers inherit, so nothing can be left
+behind and nobody else can open it. Waking a rank up is not done here but over its socket.
+"""
+
+import mmap
+import os
+import tempfile
+
+import numpy as np
+
+from nanovllm.engine.batch import StepInput
+
+NUM_SLOTS = 4  # rank 0 is never more than two steps ahead
+STEP, EXIT = 1, 2
+FIELDS = (
+    "num_rows", "num_tokens", "num_updates", "num_decodes", "num_logprob_runs", "max_seqlen_q", "max_context_len",
+)  # fmt: skip
+HEADER = 5 + len(FIELDS)  # sequence number, kind, is_prefill, is_plain, the fields, number of integers that follow
+
+
+def max_step_size(max_num_batched_tokens: int, max_num_seqs: int, max_blocks: int) -> int:
+    """Integers of the largest step there can be: every row new, with its whole block table."""
+    return 5 * max_num_batched_tokens + 6 * max_num_seqs + 1 + 3 * max_num_seqs * max_blocks
+
+
+def create_memory(size_bytes: int) -> int:
+    """A file descriptor of that much anonymous memory, zero and not yet taken."""
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("nanovllm")
+    else:
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    os.ftruncate(fd, size_bytes)
+    return fd
+
+
+class StepChannel:
+    """A ring of steps, and two counters of each rank: heartbeats and steps taken up."""
+
+    def __init__(self, num_ranks: int, max_step_size: int, fd: int | None = None):
+        """max_step_size: in integers of 8 bytes; fd: the memory that rank 0 has made, else this is rank 0."""
+        self.num_ranks = num_ranks
+        self.slot_size = HEADER + max_step_size
+        num_integers = 2 * num_ranks + NUM_SLOTS * self.slot_size
+        self.fd = create_memory(8 * num_integers) if fd is None else fd
+        self._mmap = mmap.mmap(self.fd, 8 * num_integers)
+        integers = np.frombuffer(self._mmap, dtype=np.int64)
+        self.heartbeats = integers[:num_ranks]
+        self.num_done = integers[num_ranks : 2 * num_ranks]
+        self.slots = integers[2 * num_ranks :].reshape(NUM_SLOTS, self.slot_size)
+        self.num_sent = self.num_received = 0
+
+    def has_room(self) -> bool:
+        """Whether every other rank has taken up the step whose slot comes next."""
+        return bool(self.num_sent - self.num_done[1:].min() < NUM_SLOTS)
+
+    def send(self, step: StepInput | None) -> None:
+        """For rank 0, when there is room; None tells the ranks to end."""
+        slot = self.slots[self.num_sent % NUM_SLOTS]
+        if step is None:
+            slot[1] = EXIT
+        else:
+            size = len(step.data)
+            assert HEADER + size <= self.slot_size, "max_step_size is wrong"
+            slot[1:HEADER] = STEP, step.is_prefill, step.is_plain, *(getattr(step, name) for name in FIELDS), size
+            slot[HEADER : HEADER + size] = step.data
+        self.num_sent += 1
+        slot[0] = self.num_sent
+
+    def receive(self) -> StepInput | None:
+        """For another rank, once it has been woken up. The step's data are a copy.
+
+        Raises ValueError for what rank 0 can never have sent.
+        """
+        slot = self.slots[self.num_received % NUM_SLOTS]
+        self.num_received += 1
+        number, kind, is_prefill, is_plain, *fields, size = slot[:HEADER].tolist()
+        if number != self.num_received or kind not in (STEP, EXIT):
+            raise ValueError(f"step {self.num_received}: the channel holds number {number} of kind {kind}")
+        if kind == EXIT:
+            return None
+        if not 0 <= size <= self.slot_size - HEADER:
+            raise ValueError(f"step {number}: {size} integers, where at most {self.slot_size - HEADER} fit")
+        data = slot[HEADER : HEADER + size].copy()
+        return StepInput(bool(is_prefill), bool(is_plain), **dict(zip(FIELDS, fields)), data=data)
+
+    def done(self, rank: int) -> None:
+        """The step received last has been taken up: its slot may be used again."""
+        self.num_done[rank] = self.num_received

@@ -1,0 +1,38 @@
+"""Ranks on CPUs: torch's gloo over the loopback interface. Made by engine/worker.py."""
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nanovllm.utils.distributed import Communicator
+
+# A backstop: the engine notices a dead or stuck rank itself, much sooner, and ends it, which ends the operation.
+TIMEOUT = timedelta(hours=24)
+
+
+class GlooCommunicator(Communicator):
+    def __init__(self, store_path: str, rank: int, size: int):
+        """store_path: a file in a private directory, where the ranks meet; not needed afterwards."""
+        gloo: Any = dist.ProcessGroupGloo  # whose stubs know nothing of what is used here
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname="127.0.0.1")]
+        options._timeout = TIMEOUT
+        options._threads = 2
+        self.size = size
+        self.group = gloo(dist.FileStore(store_path, size), rank, size, options)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        self.group.allreduce([x]).wait()
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        out = x.new_empty(self.size, *x.shape)
+        self.group.allgather([list(out)], [x]).wait()
+        return out
+
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        self.group.broadcast([x], dist.BroadcastOptions()).wait()
+        return x

@@ -1,0 +1,98 @@
+"""Ranks on GPUs: the few functions of NCCL that we need, called on torch's current stream. Made by engine/worker.py.
+
+Not torch.distributed's process group: that one runs collectives on a stream of its own, which costs two event waits
+each inside a captured step, and its watchdog ends the process when a peer dies, where we raise an exception.
+"""
+
+import ctypes
+import glob
+import os
+import threading
+from functools import cache
+from typing import Any
+
+import torch
+
+from nanovllm.utils.distributed import Communicator
+
+DTYPES = {torch.int32: 2, torch.int64: 4, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}  # ncclDataType_t
+SUM = 0  # ncclRedOp_t
+LOCK_TIMEOUT_S = 1.0
+
+
+class UniqueId(ctypes.Structure):
+    _fields_ = (("internal", ctypes.c_char * 128),)
+
+
+@cache
+def library() -> Any:
+    """libnccl as torch has loaded it, or from the package nvidia-nccl beside torch."""
+    beside = os.path.join(os.path.dirname(torch.__path__[0]), "nvidia", "nccl*", "lib", "libnccl.so*")
+    for name in ["libnccl.so.2", *glob.glob(beside)]:
+        try:
+            nccl = ctypes.CDLL(name)
+        except OSError:
+            continue
+        nccl.ncclGetErrorString.restype = ctypes.c_char_p
+        return nccl
+    raise RuntimeError(
+        "tensor_parallel_size > 1 on CUDA needs NCCL, and neither torch nor nvidia-nccl brings libnccl.so.2"
+    )
+
+
+def check(result: int) -> None:
+    if result:
+        raise RuntimeError(f"NCCL: {library().ncclGetErrorString(result).decode()}")
+
+
+def make_unique_id() -> bytes:
+    """What all ranks of one communicator must be given; made by rank 0."""
+    # The ranks meet through a socket that one of them opens: on this host only.
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    unique_id = UniqueId()
+    check(library().ncclGetUniqueId(ctypes.byref(unique_id)))
+    return bytes(unique_id)
+
+
+class NcclCommunicator(Communicator):
+    def __init__(self, unique_id: bytes, rank: int, size: int):
+        """On torch's current device; returns when all ranks are here."""
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        self.size = size
+        self.comm: ctypes.c_void_p | None = ctypes.c_void_p()
+        self._lock = threading.Lock()  # an abort comes from another thread
+        check(library().ncclCommInitRank(ctypes.byref(self.comm), size, UniqueId.from_buffer_copy(unique_id), rank))
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        self._call("ncclAllReduce", x, x, x.numel(), DTYPES[x.dtype], SUM)
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        out = x.new_empty(self.size, *x.shape)
+        self._call("ncclAllGather", x, out, x.numel(), DTYPES[x.dtype])
+        return out
+
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        self._call("ncclBroadcast", x, x, x.numel(), DTYPES[x.dtype], 0)
+        return x
+
+    def _call(self, name: str, source: torch.Tensor, target: torch.Tensor, count: int, *args: int) -> None:
+        assert target.is_contiguous()
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        pointers = ctypes.c_void_p(source.data_ptr()), ctypes.c_void_p(target.data_ptr())
+        with self._lock:
+            if self.comm is None:
+                raise RuntimeError("NCCL: the communicator has been aborted")
+            check(getattr(library(), name)(*pointers, ctypes.c_size_t(count), *args, self.comm, stream))
+
+    def abort(self) -> None:
+        # A thread that waits for a dead peer inside NCCL holds the lock until it is told to stop.
+        locked = self._lock.acquire(timeout=LOCK_TIMEOUT_S)
+        try:
+            comm, self.comm = self.comm, None
+            if comm is not None:
+                library().ncclCommAbort(comm)
+        finally:
+            if locked:
+                self._lock.release()
