@@ -353,9 +353,10 @@ class ModelRunner:
 
     def exit(self) -> None:
         """Give back processes and the device's memory; harmless when repeated."""
+        self.graphs = None  # before the communicator, whose end waits for that of the graphs that use it
         if self.workers is not None:
-            self.workers.stop()  # first: to free memory is to wait for kernels, which may be waiting for a lost rank
-        self.graphs = None
+            # Before the rest: to free memory is to wait for kernels, and these may be waiting for a lost rank.
+            self.workers.stop()
         for name in ("model", "kv_cache", "state", "sampler", "backend"):
             self.__dict__.pop(name, None)
         gc.collect()

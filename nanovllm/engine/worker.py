@@ -302,7 +302,8 @@ def main() -> None:
     threading.Thread(target=live, args=(channel, rank, lifeline, boot["directory"]), daemon=True).start()
     code = 1
     try:
-        config = Config(**{**boot["config"], "device": rank_device(boot["config"]["device"], rank)})
+        config = Config(**boot["config"])
+        object.__setattr__(config, "device", rank_device(config.device, rank))
         if config.device.type == "cpu":
             torch.set_num_threads(boot["num_threads"])
         else:
@@ -324,10 +325,9 @@ def main() -> None:
         os._exit(code)  # at once: peers may be gone, and what there is to free ends with the process
 
 
-def rank_device(device: str, rank: int) -> str:
+def rank_device(device: torch.device, rank: int) -> torch.device:
     """Rank 0's device is the first of a row."""
-    kind, _, index = device.partition(":")
-    return device if kind == "cpu" else f"{kind}:{int(index or 0) + rank}"
+    return device if device.type == "cpu" else torch.device(device.type, device.index + rank)
 
 
 def wait_on(sock: socket.socket, channel: StepChannel, rank: int) -> Callable[[], StepInput | None]:

@@ -55,15 +55,20 @@ def norm_linear(
     return (silu_and_mul(out) if gated else out), residual
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, K] times weight [N, K]ᵀ, plus bias [N]: [T, N]."""
+    if bias is None and use_triton(x) and x.dtype != torch.float32 and x.shape[0] == 1 and fits_gemv(weight):
+        return gemv_triton(x, weight)
+    return F.linear(x, weight, bias)
+
+
 def linear_partial(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [T, K] times weight [N, K]ᵀ: [T, N], or partial sums [S, T, N] in float32 that the next RMSNorm adds up."""
     if use_triton(x) and x.dtype != torch.float32:
-        if x.shape[0] == 1 and fits_gemv(weight):
-            return gemv_triton(x, weight)
-        num_splits = choose_num_splits(x, weight)
+        num_splits = 1 if x.shape[0] == 1 and fits_gemv(weight) else choose_num_splits(x, weight)
         if num_splits > 1:
             return split_k_triton(x, weight, num_splits)
-    return F.linear(x, weight)
+    return linear(x, weight)
 
 
 # ---- twins ----

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanovllm.kernels.activation import silu_and_mul
-from nanovllm.kernels.linear import linear_partial, norm_linear
+from nanovllm.kernels.linear import linear, linear_partial, norm_linear
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.distributed import TensorParallel
 from nanovllm.utils.loader import check_dim, copy_exact
@@ -115,9 +115,6 @@ class RowParallelLinear(LinearBase):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.tp.size == 1:
             return linear_partial(x, self.weight) if self.bias is None else F.linear(x, self.weight, self.bias)
-        out = linear_partial(x, self.weight)
-        if out.dim() == 3:
-            out = out.sum(0).to(x.dtype)
-        if self.bias is not None and self.tp.rank == 0:  # once
-            out = out + self.bias
-        return self.tp.all_reduce(out)
+        # The bias once; no partial sums, which would have to be added before they travel.
+        bias = self.bias if self.tp.rank == 0 else None
+        return self.tp.all_reduce(linear(x, self.weight, bias))

@@ -1,0 +1,78 @@
+"""Two ranks on two CUDA devices: the same model in bfloat16, and a lost rank gives everything back."""
+
+import gc
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from test_gpu import TOLERANCE, Model, model
+from test_tensor_parallel import assert_gone, worker_pids
+
+from nanovllm import EngineDeadError, SamplingParams
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
+
+LENGTHS = [1, 2, 17, 255, 256, 257, 300, 511, 512, 513, 700]
+
+
+def used_bytes() -> list[int]:
+    gc.collect()
+    torch.cuda.empty_cache()
+    return [total - free for free, total in map(torch.cuda.mem_get_info, range(2))]
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_logprobs_equal_transformers(model: Model, enforce_eager: bool):
+    """Of the tokens that two ranks draw, and of the prompts, in chunks; and the plain path draws the same tokens."""
+    prompts, _ = model.requests(LENGTHS, 0, seed=1)
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=0, prompt_logprobs=0)
+    plain = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    seeded = SamplingParams(temperature=1.0, max_tokens=40, ignore_eos=True, seed=7)
+    options: dict[str, Any] = {"max_num_batched_tokens": 300, "enforce_eager": enforce_eager}
+    with model.llm(tensor_parallel_size=2, **options) as llm:
+        assert llm.model_runner.kv_cache.shape[4] == model.reference.config.num_key_value_heads // 2
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        same = [a["token_ids"] == b["token_ids"] for a, b in zip(outputs, llm.generate(prompts, plain, use_tqdm=False))]
+        draws = [[o["token_ids"] for o in llm.generate(prompts, seeded, use_tqdm=False)] for _ in range(2)]
+        pids = worker_pids(llm)
+    assert_gone(pids)
+    assert sum(same) >= len(same) - 2  # a cached prefix may round a tie the other way
+    assert sum(a == b for a, b in zip(*draws)) >= len(prompts) - 2
+    expected = model.expected([[]] * len(prompts), [o.prompt_token_ids + o["token_ids"] for o in outputs])
+    for output, wanted in zip(outputs, expected):
+        ids = output.prompt_token_ids + output["token_ids"]
+        entries = output.prompt_logprobs[1:] + output.outputs[0].logprobs
+        actual = torch.tensor([entry[token_id].logprob for entry, token_id in zip(entries, ids[1:], strict=True)])
+        assert (actual - wanted).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True])
+@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_rank_ends_the_engine_and_gives_its_memory_back(model: Model, sig: signal.Signals, enforce_eager: bool):
+    options: dict[str, Any] = {"enforce_eager": enforce_eager, "worker_timeout_s": 2}
+    params = SamplingParams(temperature=0, max_tokens=1500, ignore_eos=True)
+    before = used_bytes()
+    llm = model.llm(tensor_parallel_size=2, **options)
+    pids, struck = worker_pids(llm), []
+
+    def strike() -> None:
+        struck.append(time.monotonic())
+        os.kill(pids[0], sig)
+
+    threading.Timer(1.0, strike).start()
+    with pytest.raises(EngineDeadError, match="exit code -9" if sig == signal.SIGKILL else "has not moved for 2 s"):
+        llm.generate([[1, 2, 3]] * 30, params, use_tqdm=False)
+    assert time.monotonic() - struck[0] < 10
+    with pytest.raises(EngineDeadError):
+        llm.generate([[1]], use_tqdm=False)
+    llm.close()
+    assert_gone(pids)
+    after = used_bytes()
+    assert after[1] <= before[1] + 2**26
+    assert after[0] <= before[0] + 2**29  # NCCL keeps buffers for the process's life
+    with model.llm(tensor_parallel_size=2, **options) as new:
+        assert len(new.generate([[1, 2, 3]], SamplingParams(max_tokens=5, ignore_eos=True))[0]["token_ids"]) == 5

@@ -1,0 +1,507 @@
+"""Two ranks over gloo on the CPU: the same tokens as one rank, and an end to every process whatever happens."""
+
+import gc
+import glob
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import VOCAB_SIZE, Watch, assert_idle, assert_matches, greedy, many_prompts, random_prompt, replaced
+
+from nanovllm import LLM, EngineDeadError, SamplingParams
+from nanovllm.engine import batch, worker
+from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.step_channel import FIELDS, StepChannel, max_step_size
+from nanovllm.utils.distributed import TensorParallel, check_divisible
+
+FIRST_ANSWER_S = 120  # for a child process to start; a bound on hanging, not on speed
+GONE_S = 5.0  # within which no process may survive
+
+
+def worker_pids(llm: LLM) -> list[int]:
+    return [process.pid for process in llm.model_runner.workers.processes]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except FileNotFoundError:
+        return False
+
+
+def assert_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + GONE_S
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not [pid for pid in pids if is_running(pid)]
+
+
+def leftovers() -> set[str]:
+    return set(glob.glob(f"{tempfile.gettempdir()}/nanovllm-*")) | set(glob.glob("/dev/shm/*"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    before = leftovers()
+    num_threads = torch.get_num_threads()
+    yield
+    gc.collect()
+    assert leftovers() <= before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("nanovllm")]
+    assert torch.get_num_threads() == num_threads
+
+
+# ---- the same tokens ----
+
+# Names of checkpoints, and what is odd about them for two ranks. The vocabulary of 293 divides by nothing.
+SPLIT = ["qwen3", "qwen2", "llama", "llama-biases"]  # the last: one key/value head for two ranks, and all biases
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_greedy_tokens_equal_transformers(checkpoints, name):
+    """In chunks, with a small pool that preempts, blocks of 8, and a second call that finds prefixes cached."""
+    checkpoint, prompts = checkpoints(name), many_prompts(16)
+    options = {"kvcache_block_size": 8, "num_kvcache_blocks": 40, "max_num_seqs": 8, "max_num_batched_tokens": 48}
+    with checkpoint.llm(tensor_parallel_size=2, **options) as llm:
+        llm.scheduler.completion_ratio, llm.scheduler.eos = 0.0, frozenset()  # expect early ends that never come
+        watch = Watch(llm)
+        outputs = llm.generate(prompts, greedy(40, ignore_eos=False), use_tqdm=False)
+        assert_matches(checkpoint, prompts, outputs, 40)
+        assert watch.num_preemptions > 0
+        assert watch.num_chunks > 0
+        llm.generate(prompts[:4], greedy(5), use_tqdm=False)
+        again = Watch(llm)
+        assert_matches(checkpoint, prompts[:4], llm.generate(prompts[:4], greedy(40), use_tqdm=False), 40)
+        assert again.num_prefix_cached_tokens > 0
+        assert_idle(llm)
+        pids = worker_pids(llm)
+    assert_gone(pids)
+
+
+def test_everything_a_request_can_ask_for(qwen3):
+    """Sampling on shards, and rows that need the whole distribution: what one rank draws, and its log probabilities."""
+    prompts = many_prompts(12, seed=4)
+    options: list[dict[str, Any]] = [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.01},
+        {"temperature": 0.0, "logprobs": 3, "prompt_logprobs": 2},
+        {"temperature": 1.0, "presence_penalty": 0.5, "repetition_penalty": 1.2, "logit_bias": {5: 2.0}},
+        {"temperature": 1.0, "n": 2},
+        {"temperature": 1.0, "logits_processors": [lambda ids, logits: logits - logits.roll(len(ids))]},
+    ]
+    params = [
+        SamplingParams(max_tokens=15, ignore_eos=True, seed=i, **options[i % len(options)]) for i in range(len(prompts))
+    ]
+    with qwen3.llm() as llm:
+        expected = llm.generate(prompts, params, use_tqdm=False)
+    with qwen3.llm(tensor_parallel_size=2) as llm:
+        for batch_of in (prompts, prompts[::-1]):
+            step = 1 if batch_of is prompts else -1
+            outputs = llm.generate(batch_of, params[::step], use_tqdm=False)[::step]
+            assert [[c.token_ids for c in o.outputs] for o in outputs] == [
+                [c.token_ids for c in o.outputs] for o in expected
+            ]
+            for output, wanted in zip(outputs, expected):
+                runs = [(output.outputs[0].logprobs, wanted.outputs[0].logprobs)]
+                runs.append((output.prompt_logprobs, wanted.prompt_logprobs))
+                for ours, theirs in runs:
+                    assert (ours is None) == (theirs is None)
+                    for a, b in zip(ours or [], theirs or []):
+                        assert (a is None) == (b is None)
+                        for token_id in a or {}:
+                            assert a[token_id].logprob == pytest.approx(b[token_id].logprob, abs=1e-4)
+
+
+def test_a_callable_that_raises_leaves_the_ranks_in_step(qwen3):
+    class Oops(Exception):
+        pass
+
+    def fail(ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        if len(ids) == 3:
+            raise Oops
+        return logits
+
+    prompts = many_prompts(4, seed=5)
+    with qwen3.llm(tensor_parallel_size=2) as llm:
+        with pytest.raises(Oops):
+            llm.generate(prompts, SamplingParams(max_tokens=9, logits_processors=[fail]), use_tqdm=False)
+        assert_idle(llm)
+        assert_matches(qwen3, prompts, llm.generate(prompts, greedy(20), use_tqdm=False), 20)
+
+
+def test_two_engines_at_once_and_one_after_the_other(checkpoints):
+    prompts = many_prompts(6, seed=6)
+    with checkpoints("qwen3").llm(tensor_parallel_size=2) as a, checkpoints("llama").llm(tensor_parallel_size=2) as b:
+        for _ in range(2):
+            assert_matches(checkpoints("qwen3"), prompts, a.generate(prompts, greedy(10), use_tqdm=False), 10)
+            assert_matches(checkpoints("llama"), prompts, b.generate(prompts, greedy(10), use_tqdm=False), 10)
+        pids = worker_pids(a) + worker_pids(b)
+        a.close()
+        assert_matches(checkpoints("llama"), prompts, b.generate(prompts, greedy(10), use_tqdm=False), 10)
+        a.close()
+    assert_gone(pids)
+
+
+def test_four_ranks(checkpoints):
+    """More ranks than key/value heads, which are held twice."""
+    checkpoint, prompts = checkpoints("qwen3"), many_prompts(6, seed=7)
+    with checkpoint.llm(tensor_parallel_size=4) as llm:
+        assert_matches(checkpoint, prompts, llm.generate(prompts, greedy(12), use_tqdm=False), 12)
+        assert llm.model_runner.kv_cache.shape[4] == 1
+
+
+# ---- what cannot be split ----
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [(3, "num_attention_heads, 4"), (8, "num_attention_heads, 4"), (0, "tensor_parallel_size"), (2.0, "tensor_par")],
+)
+def test_sizes_that_do_not_divide_are_refused_before_any_process_starts(qwen3, monkeypatch, size, message):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    with pytest.raises((TypeError, ValueError), match=message):
+        qwen3.llm(tensor_parallel_size=size)
+
+
+def test_what_can_be_split():
+    class Config:
+        num_attention_heads, num_key_value_heads, intermediate_size, vocab_size = 12, 3, 24, 293
+
+    check_divisible(Config, 3)
+    check_divisible(Config, 6)  # each key/value head on two ranks
+    with pytest.raises(ValueError, match="num_key_value_heads, 3"):
+        check_divisible(Config, 2)
+    Config.intermediate_size = 25
+    with pytest.raises(ValueError, match="intermediate_size, 25"):
+        check_divisible(Config, 3)
+    Config.intermediate_size, Config.vocab_size = 24, 8
+    with pytest.raises(ValueError, match="vocabulary of 8"):
+        check_divisible(Config, 3)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+@pytest.mark.parametrize("vocab_size", [64, 65, 293, 1000, 4096, 32000, 49152, 151669, 151936])
+def test_every_rank_has_a_part_of_the_vocabulary(vocab_size, size):
+    shard = TensorParallel(0, size).vocab_shard(vocab_size)
+    parts = [min(shard, vocab_size - rank * shard) for rank in range(size)]
+    assert sum(parts) == vocab_size
+    assert min(parts) > 0
+    assert vocab_size < 64 * size**2 or shard % 64 == 0
+
+
+# ---- faults: each really happens to a real process ----
+
+
+def while_generating(llm: LLM, act: Callable[[], None]) -> None:
+    """Run `act` in the middle of a long call."""
+
+    def after_a_few_steps(schedule: Any) -> Any:
+        count = iter(range(10**9))
+
+        def watched() -> Any:
+            if next(count) == 5:
+                act()
+            return schedule()
+
+        return watched
+
+    with replaced(llm.scheduler, "schedule", after_a_few_steps):
+        llm.generate([[1, 2, 3]] * 3, SamplingParams(max_tokens=250, ignore_eos=True), use_tqdm=False)
+
+
+def assert_dead_then_a_new_one(checkpoint: Any, llm: LLM, pids: list[int], message: str) -> None:
+    for call in (lambda: llm.generate([[1]]), lambda: llm.add_request([1]), llm.step, lambda: list(llm.stream([[1]]))):
+        with pytest.raises(EngineDeadError, match=message):
+            call()
+    assert_gone(pids)
+    llm.close()
+    llm.close()
+    prompts = many_prompts(3, seed=8)
+    with checkpoint.llm(tensor_parallel_size=2) as new:
+        assert_matches(checkpoint, prompts, new.generate(prompts, greedy(8), use_tqdm=False), 8)
+
+
+def test_a_worker_is_killed(qwen3):
+    llm = qwen3.llm(tensor_parallel_size=2)
+    pids = worker_pids(llm)
+    with pytest.raises(EngineDeadError, match=r"rank 1 \(process \d+\) ended with exit code -9"):
+        while_generating(llm, lambda: os.kill(pids[0], signal.SIGKILL))
+    assert_dead_then_a_new_one(qwen3, llm, pids, "exit code -9")
+
+
+def test_a_worker_is_killed_while_nothing_runs(qwen3):
+    llm = qwen3.llm(tensor_parallel_size=2)
+    pids = worker_pids(llm)
+    os.kill(pids[0], signal.SIGKILL)
+    with pytest.raises(EngineDeadError, match="exit code -9"):
+        llm.generate([[1, 2, 3]], use_tqdm=False)
+    llm.close()
+    assert_gone(pids)
+
+
+def test_a_worker_hangs(qwen3):
+    llm = qwen3.llm(tensor_parallel_size=2, worker_timeout_s=1.5)
+    pids = worker_pids(llm)
+    with pytest.raises(EngineDeadError, match=r"has not moved for 1\.5 s"):
+        while_generating(llm, lambda: os.kill(pids[0], signal.SIGSTOP))
+    assert_gone(pids)
+    llm.close()
+
+
+def test_an_exception_in_a_workers_step(qwen3, capfd):
+    """Here for a token id that no embedding has, which only the worker is told."""
+    llm = qwen3.llm(tensor_parallel_size=2)
+    pids = worker_pids(llm)
+
+    def lie(send: Any) -> Any:
+        def sends(step: Any) -> None:
+            send(step)
+            channel = llm.model_runner.workers.channel
+            channel.slots[(channel.num_sent - 1) % len(channel.slots), 1] = 77
+
+        return sends
+
+    with (
+        replaced(llm.model_runner.workers.channel, "send", lie),
+        pytest.raises(EngineDeadError, match="exit code 1: ValueError: step 1: the channel holds number 1 of kind 77"),
+    ):
+        llm.generate([[1, 2, 3]], use_tqdm=False)
+    assert "Traceback" in capfd.readouterr().err  # where it happened is told as well
+    assert_gone(pids)
+    llm.close()
+
+
+def test_an_exception_in_rank_0s_step(qwen3):
+    llm = qwen3.llm(tensor_parallel_size=2)
+    pids = worker_pids(llm)
+
+    def fail(_: Any) -> Any:
+        def fails(*args: Any) -> Any:
+            raise MemoryError("none left")
+
+        return fails
+
+    with replaced(llm.model_runner, "run_model", fail), pytest.raises(EngineDeadError, match="MemoryError: none left"):
+        llm.generate([[1, 2, 3]], use_tqdm=False)
+    assert_dead_then_a_new_one(qwen3, llm, pids, "MemoryError")
+
+
+def test_a_worker_that_cannot_start(qwen3, monkeypatch):
+    started: list[subprocess.Popen] = []
+    popen = subprocess.Popen
+
+    def start(*args: Any, **kwargs: Any) -> subprocess.Popen:
+        kwargs["env"]["PYTHONPATH"] = "/nowhere"
+        kwargs["cwd"] = "/"
+        started.append(popen([sys.executable, "-S", *args[0][1:]], **kwargs))
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(EngineDeadError, match=r"rank 1 .* ended with exit code 1"):
+        qwen3.llm(tensor_parallel_size=2)
+    assert_gone([process.pid for process in started])
+
+
+def test_ctrl_c(qwen3):
+    """It reaches rank 0 alone, as KeyboardInterrupt; the call's requests are gone, the engine and its ranks are not."""
+    prompts = many_prompts(5, seed=9)
+    with qwen3.llm(tensor_parallel_size=2) as llm:
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                while_generating(llm, lambda: threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start())
+            assert_idle(llm)
+            assert_matches(qwen3, prompts, llm.generate(prompts, greedy(12), use_tqdm=False), 12)
+        os.kill(worker_pids(llm)[0], signal.SIGINT)  # as a terminal would, if it could
+        assert_matches(qwen3, prompts, llm.generate(prompts, greedy(12), use_tqdm=False), 12)
+
+
+def test_ctrl_c_waits_for_the_end_of_a_launch():
+    """In the middle it would leave the other ranks waiting."""
+    order = []
+
+    def launch() -> None:
+        with worker.deferred_interrupts():
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(1000):
+                order.append("launching")
+
+    with pytest.raises(KeyboardInterrupt):
+        launch()
+    assert len(order) == 1000
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_del(qwen3):
+    llm = qwen3.llm(tensor_parallel_size=2)
+    pids = worker_pids(llm)
+    assert all(map(is_running, pids))
+    del llm
+    gc.collect()
+    assert_gone(pids)
+
+
+def test_an_idle_worker_sleeps(qwen3):
+    with qwen3.llm(tensor_parallel_size=2) as llm:
+        llm.generate([[1, 2, 3]], use_tqdm=False)
+        pid = worker_pids(llm)[0]
+
+        def cpu_s() -> float:
+            with open(f"/proc/{pid}/stat") as file:
+                fields = file.read().rpartition(")")[2].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+        time.sleep(0.3)
+        before = cpu_s()
+        time.sleep(1.5)
+        assert cpu_s() - before < 0.5
+
+
+# ---- programs ----
+
+PROGRAM = """
+import sys, time
+from nanovllm import LLM, SamplingParams
+llm = LLM(sys.argv[1], tensor_parallel_size=2, device="cpu", max_model_len=256, kvcache_block_size=16,
+          num_kvcache_blocks=64, max_num_seqs=8)
+print(llm.model_runner.workers.processes[0].pid, flush=True)
+print(llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True), use_tqdm=False)
+      [0]["token_ids"], flush=True)
+"""
+SLEEP = "time.sleep(600)\n"
+
+
+def start_program(code: str, checkpoint: Any, *how: str) -> subprocess.Popen:
+    arguments = how or ("-c", code)
+    return subprocess.Popen(
+        [sys.executable, *arguments, str(checkpoint.path)], stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL
+    )
+
+
+def test_a_script_without_a_main_guard_and_the_interpreters_exit(qwen3, tmp_path):
+    """Also from a directory of its own, whose files must not get in the way of the worker's imports."""
+    (tmp_path / "script.py").write_text(PROGRAM)
+    (tmp_path / "json.py").write_text("raise ImportError('not the one')")
+    (tmp_path / "script.py").chmod(0o644)
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "script.py"), str(qwen3.path)],
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONSAFEPATH": "1"},
+    )  # fmt: skip
+    out, _ = process.communicate(timeout=FIRST_ANSWER_S)
+    assert process.returncode == 0
+    pid, answer = out.splitlines()
+    with qwen3.llm() as llm:
+        assert answer == str(llm.generate([[1, 2, 3]], greedy(5), use_tqdm=False)[0]["token_ids"])
+    assert_gone([int(pid)])
+
+
+@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_rank_0s_process_ends_from_outside(qwen3, sig):
+    process = start_program(PROGRAM + SLEEP, qwen3)
+    pid = int(process.stdout.readline())
+    process.stdout.readline()
+    assert is_running(pid)
+    process.send_signal(sig)
+    process.wait(timeout=FIRST_ANSWER_S)
+    assert_gone([pid])
+
+
+def test_in_a_notebook(qwen3):
+    """A kernel has an event loop, threads and no file of its own."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    cell = PROGRAM.replace("sys.argv[1]", repr(str(qwen3.path)))
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(cell), nbformat.v4.new_code_cell("llm.close()")]
+    )
+    nbclient.NotebookClient(notebook, timeout=FIRST_ANSWER_S, kernel_name="python3").execute()
+    text = "".join(output.get("text", "") for output in notebook.cells[0].outputs if output.get("name") == "stdout")
+    pid, answer = text.splitlines()
+    assert len(eval(answer)) == 5
+    assert_gone([int(pid)])
+
+
+# ---- the channel ----
+
+
+def test_the_largest_step_fits(qwen3):
+    """512 sequences that come with 40,000 cached tokens each, in one step."""
+    max_seqs, budget, block_size, length = 512, 4096, 16, 40000
+    seqs = []
+    for row in range(max_seqs):
+        seq = Sequence([1] * length, SamplingParams(prompt_logprobs=1), length + 1, block_size)
+        seq.block_table = [row * 2500 + i for i in range(2500)]
+        seq.row, seq.num_scheduled_tokens = row, budget // max_seqs
+        seq.num_cached_tokens = length - seq.num_scheduled_tokens
+        seqs.append(seq)
+    step = batch.prepare_prefill(seqs)
+    assert step.num_updates == 512 * 2500
+    size = max_step_size(budget, max_seqs, 2500)
+    assert len(step.data) <= size
+    sender = StepChannel(2, size)
+    receiver = StepChannel(2, size, os.dup(sender.fd))
+    for _ in range(6):  # more than there are slots
+        assert sender.has_room()
+        sender.send(step)
+        received = receiver.receive()
+        receiver.done(1)
+        assert all(getattr(received, name) == getattr(step, name) for name in (*FIELDS, "is_prefill", "is_plain"))
+        assert (received.data == step.data).all()
+    for _ in range(4):
+        assert sender.has_room()
+        sender.send(step)
+    assert not sender.has_room()
+    for channel in (sender, receiver):
+        os.close(channel.fd)
+
+
+@pytest.mark.parametrize(("field", "value"), [(0, 2), (1, 0), (1, 3), (-1, -1), (-1, 10**9)])
+def test_what_cannot_have_been_sent_is_refused(field, value):
+    sender = StepChannel(2, 100)
+    receiver = StepChannel(2, 100, os.dup(sender.fd))
+    seq = Sequence([1, 2], SamplingParams(), 9, 16)
+    seq.block_table, seq.row, seq.num_scheduled_tokens = [0], 0, 2
+    sender.send(batch.prepare_prefill([seq]))
+    header = sender.slots[0][: 5 + len(FIELDS)]
+    header[field] = value
+    with pytest.raises(ValueError, match="step 1"):
+        receiver.receive()
+    for channel in (sender, receiver):
+        os.close(channel.fd)
+
+
+def test_a_step_says_all_a_rank_needs_of_random_batches():
+    """What a rank makes of the integers are the tensors that rank 0 has."""
+    import random
+
+    rng = random.Random(3)
+    for _ in range(20):
+        seqs = []
+        for row in rng.sample(range(8), rng.randrange(1, 8)):
+            seq = Sequence(random_prompt(rng, rng.randrange(2, 60), VOCAB_SIZE), SamplingParams(), 99, 4, seed=row - 3)
+            seq.block_table, seq.row = list(range(row * 20, row * 20 + seq.num_blocks)), row
+            seq.num_cached_tokens = rng.randrange(len(seq))
+            seq.num_scheduled_tokens = rng.randrange(1, len(seq) - seq.num_cached_tokens + 1)
+            seqs.append(seq)
+        step = batch.prepare_prefill(seqs)
+        made = batch.prefill_batch(step, torch.device("cpu"))
+        begin = 0
+        for i, seq in enumerate(seqs):
+            first, last = seq.num_cached_tokens, seq.num_cached_tokens + seq.num_scheduled_tokens
+            end = begin + seq.num_scheduled_tokens
+            assert made.cu_seqlens_q[i : i + 2].tolist() == [begin, end]
+            assert made.input_ids[begin:end].tolist() == seq.token_ids[first:last]
+            assert made.positions[begin:end].tolist() == list(range(first, last))
+            assert made.slot_mapping[begin:end].tolist() == [
+                seq.block_table[p // 4] * 4 + p % 4 for p in range(first, last)
+            ]
+            assert (made.rows[i], made.context_lens[i], made.seeds[i]) == (seq.row, last, seq.seed)
+            assert made.temperatures[i] == seq.sampling_params.temperature
+            begin = end
