@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_gpu import TOLERANCE, Model, model
+from test_gpu import TOLERANCE, Model
+from test_gpu import model as model  # the fixture
 from test_tensor_parallel import assert_gone, worker_pids
 
 from nanovllm import EngineDeadError, SamplingParams
@@ -42,16 +43,17 @@ def test_logprobs_equal_transformers(model: Model, enforce_eager: bool):
     assert_gone(pids)
     assert sum(same) >= len(same) - 2  # a cached prefix may round a tie the other way
     assert sum(a == b for a, b in zip(*draws)) >= len(prompts) - 2
-    expected = model.expected([[]] * len(prompts), [o.prompt_token_ids + o["token_ids"] for o in outputs])
-    for output, wanted in zip(outputs, expected):
-        ids = output.prompt_token_ids + output["token_ids"]
+    full = [output.prompt_token_ids + output["token_ids"] for output in outputs]
+    expected = model.expected([ids[:1] for ids in full], [ids[1:] for ids in full])
+    for output, ids, wanted in zip(outputs, full, expected):
         entries = output.prompt_logprobs[1:] + output.outputs[0].logprobs
         actual = torch.tensor([entry[token_id].logprob for entry, token_id in zip(entries, ids[1:], strict=True)])
         assert (actual - wanted).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("enforce_eager", [False, True])
-@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("sig", "enforce_eager"), [(signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGSTOP, False)]
+)
 def test_a_lost_rank_ends_the_engine_and_gives_its_memory_back(model: Model, sig: signal.Signals, enforce_eager: bool):
     options: dict[str, Any] = {"enforce_eager": enforce_eager, "worker_timeout_s": 2}
     params = SamplingParams(temperature=0, max_tokens=1500, ignore_eos=True)
@@ -74,5 +76,7 @@ def test_a_lost_rank_ends_the_engine_and_gives_its_memory_back(model: Model, sig
     after = used_bytes()
     assert after[1] <= before[1] + 2**26
     assert after[0] <= before[0] + 2**29  # NCCL keeps buffers for the process's life
+    if sig == signal.SIGSTOP:
+        return
     with model.llm(tensor_parallel_size=2, **options) as new:
         assert len(new.generate([[1, 2, 3]], SamplingParams(max_tokens=5, ignore_eos=True))[0]["token_ids"]) == 5
