@@ -266,8 +266,23 @@ def test_good_sampling_params():
     assert dataclasses.replace(params, max_tokens=7).max_tokens == 7
     with pytest.raises(ValueError, match="max_tokens"):
         dataclasses.replace(params, max_tokens=0)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        params.max_tokens = 0
+
+
+def test_sampling_params_that_were_assigned_to(llm, qwen3):
+    """As vLLM's scripts do with `get_default_sampling_params`: what counts is what they are when they are used."""
+    params = llm.get_default_sampling_params()
+    params.temperature, params.max_tokens, params.stop = 0, 6, "\n\n\n"
+    stream = llm.stream([[1, 2]], params)
+    outputs = llm.generate([[1, 2]], params, use_tqdm=False)
+    assert_matches(qwen3, [[1, 2]], outputs, 6)
+    params.max_tokens = 0
+    with pytest.raises(ValueError, match="max_tokens must be an integer of at least 1, got 0"):
+        llm.generate([[1, 2]], params, use_tqdm=False)
+    assert "".join(delta.text for delta in stream) == outputs[0]["text"], "those of a request are its own"
+    with pytest.raises(AttributeError, match="max_token"):
+        params.max_token = 5
+    assert llm.get_default_sampling_params() == SamplingParams(), "the engine's are not the user's"
+    assert_idle(llm)
 
 
 @pytest.mark.usefixtures("unharmed")

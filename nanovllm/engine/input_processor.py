@@ -1,9 +1,10 @@
 """What users pass in -> requests. Everything is checked here, before anything is queued; called by the engine."""
 
+import dataclasses
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -12,6 +13,21 @@ from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.structured import GrammarCompiler
 from nanovllm.sampling_params import SamplingParams
+
+
+class TextPrompt(TypedDict):
+    """A prompt as text; a plain dict does as well."""
+
+    prompt: str
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids; a plain dict does as well."""
+
+    prompt_token_ids: list[int]
+
+
+Prompt = str | list[int] | TextPrompt | TokensPrompt | dict[str, Any]
 
 
 class InputProcessor:
@@ -53,6 +69,7 @@ class InputProcessor:
         """Raises TypeError or ValueError for a prompt or parameters that cannot be served."""
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, got {params!r} of type {type(params).__name__}")
+        params = dataclasses.replace(params)  # users may assign to theirs: checked again, and ours from here on
         text, token_ids = self._tokenize(prompt, name)
         num_tokens = self._max_num_tokens(token_ids, params, name)
         self._check_params(params)
