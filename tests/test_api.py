@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import tqdm.auto
 from helpers import (
     EOS,
     VOCAB_SIZE,
@@ -27,6 +28,7 @@ from helpers import (
 )
 
 from nanovllm import LLM, SamplingParams, StructuredOutputsParams
+from nanovllm.engine import llm_engine
 
 LONG = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
 
@@ -216,6 +218,14 @@ def test_an_aborted_request_says_so(llm):
     assert len(deltas) < 20
 
 
+def test_an_abort_of_what_is_no_request_id(qwen3, llm):
+    """vLLM's ids are strings, and it takes lists of them: refused, instead of quietly aborting nothing."""
+    for wrong in ("3", [3], None, 1.0, -1):
+        with pytest.raises((TypeError, ValueError), match="request_id must be an integer"):
+            llm.abort(wrong)
+    assert_matches(qwen3, [[1, 2]], llm.generate([1, 2], greedy(6), use_tqdm=False), 6)
+
+
 def test_abort_from_another_thread(llm):
     found: list[Any] = []
     thread = threading.Thread(
@@ -369,6 +379,7 @@ def test_progress_shows_requests_and_both_rates(llm, capsys):
     assert "output tok/s" in shown
     llm.generate(["ab"], greedy(4), use_tqdm=False)
     assert capsys.readouterr().err == ""
+    assert llm_engine.tqdm is tqdm.auto.tqdm, "which is a widget in notebooks"
 
 
 def test_threads_get_their_own_results(qwen3):

@@ -14,6 +14,8 @@ import textwrap
 import time
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
 
 from nanovllm.__main__ import main as terminal
@@ -216,7 +218,6 @@ def test_streaming_chat_and_structured(example):
 
 
 def test_the_notebook_runs(monkeypatch):
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     for name, value in ENV.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")

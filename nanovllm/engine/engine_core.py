@@ -23,6 +23,7 @@ from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import EngineDeadError
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.validation import check_int
 
 logger = logging.getLogger("nanovllm")
 
@@ -96,8 +97,11 @@ class EngineCore:
         return not self._requests and not self._step_call.finished
 
     def abort(self, request_id: int) -> None:
-        """End a request now, with what it has and `finish_reason` "abort"; harmless if it is finished or unknown."""
-        self._aborts.append(request_id)
+        """End a request now, with what it has and `finish_reason` "abort"; harmless if it is finished or unknown.
+
+        Raises TypeError or ValueError for what can be no request id.
+        """
+        self._aborts.append(check_int("request_id", request_id, 0))
         # A user's callable may ask in the middle of a step, and so may the garbage collector, when it finds a stream
         # that was left: then the step does it at its end. After `close` there is nothing left to end.
         if self._finalizer.alive and self._busy_thread != threading.get_ident():

@@ -199,7 +199,10 @@ def fold_seed(seed: int, index: int) -> int:
 
 
 def default_sampling_params(path: Path) -> SamplingParams:
-    """What the checkpoint's generation_config.json recommends, for calls without `SamplingParams`."""
+    """What the checkpoint's generation_config.json recommends, for calls without `SamplingParams`.
+
+    Raises TypeError or ValueError, with the file's name, for what it may not recommend.
+    """
     file = path / "generation_config.json"
     if not file.is_file():
         return SamplingParams()
@@ -208,4 +211,9 @@ def default_sampling_params(path: Path) -> SamplingParams:
     values = {name: raw[name] for name in names if raw.get(name) is not None}
     if raw.get("do_sample") is False:
         values["temperature"] = 0.0
-    return SamplingParams(**values)
+    if raw.get("max_new_tokens") is not None:
+        values["max_tokens"] = raw["max_new_tokens"]
+    try:
+        return SamplingParams(**values)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{file}: {error}") from None
