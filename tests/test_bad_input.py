@@ -638,10 +638,23 @@ class Scenario:
         return None
 
 
+class StreamScenario(Scenario):
+    """The three as a stream, one of them with a callable."""
+
+    def generate(self) -> list[list[int]]:
+        params = [greedy(n) for n in self.lengths[2:]]
+        params[0] = dataclasses.replace(params[0], logits_processors=[lambda output_ids, logits: logits])
+        found: dict[int, list[int]] = {}
+        for delta in self.llm.stream(list(self.prompts[2:]), params):
+            found.setdefault(delta.request_id, []).extend(delta.token_ids)
+        return [found[request_id] for request_id in sorted(found)]
+
+
 @pytest.mark.parametrize("depth", [0, 1])
-def test_ctrl_c_at_any_line(qwen3, depth):
+@pytest.mark.parametrize("kind", [Scenario, StreamScenario])
+def test_ctrl_c_at_any_line(qwen3, kind, depth):
     """Own requests are gone, blocks are free, other requests end as they should, and the next call is right."""
-    scenario = Scenario(qwen3, depth)
+    scenario = kind(qwen3, depth)
     others = scenario.start()
     with InterruptAtLine() as counter:
         assert scenario.generate() == scenario.expected[2:]
@@ -659,7 +672,7 @@ def test_ctrl_c_at_any_line(qwen3, depth):
                 num_interrupted += 1
         if found := scenario.problem(others):
             problems[interrupt.where] = found
-            scenario = Scenario(qwen3, depth)
+            scenario = kind(qwen3, depth)
     assert num_interrupted > 50
     assert not problems, "\n".join(f"{where}: {what}" for where, what in sorted(problems.items()))
 
