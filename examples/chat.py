@@ -12,7 +12,8 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=48, help="of an answer (default: %(default)s)")
     args = parser.parse_args()
 
-    llm = LLM(args.model or demo_model_path())
+    # Prefixes are shared by the block: small ones, for conversations as short as these.
+    llm = LLM(args.model or demo_model_path(), kvcache_block_size=16)
     params = SamplingParams(temperature=0, max_tokens=args.max_tokens)
     system = {"role": "system", "content": "You answer in one sentence."}
     questions = ["What is the capital of France?", "Why is the sky blue?"]

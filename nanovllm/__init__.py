@@ -3,6 +3,7 @@
 import logging
 
 from nanovllm.async_llm import AsyncLLM
+from nanovllm.engine.input_processor import TextPrompt, TokensPrompt
 from nanovllm.errors import EngineDeadError
 from nanovllm.llm import LLM
 from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput, StreamDelta
@@ -18,6 +19,8 @@ __all__ = [
     "SamplingParams",
     "StreamDelta",
     "StructuredOutputsParams",
+    "TextPrompt",
+    "TokensPrompt",
 ]
 
 # The engine says in one line what it chose. Programs that set up logging themselves decide where that goes.

@@ -24,6 +24,13 @@ class _Stream:
     queue: asyncio.Queue = field(default_factory=asyncio.Queue)  # of lists of deltas; None or an exception ends it
     call: Call = field(default_factory=Call)
 
+    def take(self) -> list[Any]:
+        """What is new of it, for the queue."""
+        deltas = [delta for request in self.requests for delta in request.take_deltas()]
+        errors = [request.error for request in self.requests if request.error is not None]
+        end = errors[:1] if errors else [] if self.call.unfinished else [None]
+        return [deltas, *end] if deltas else end
+
     def put(self, *items: Any) -> bool:
         """From the engine thread; False if the event loop is gone, and whoever waited with it."""
         try:
@@ -65,10 +72,10 @@ class _EngineThread(threading.Thread):
                 self.obey(orders)
                 with self.llm._exclusive():
                     self.llm._step()
-                self.deliver()
-            except (
-                BaseException
-            ) as error:  # of the model or of a user's callable: whoever waits hears of it, and we go on
+                    news = [(stream, stream.take()) for stream in self.streams]
+                for stream, items in news:
+                    self.deliver(stream, items)
+            except BaseException as error:  # whoever waits hears of it, and we go on
                 self.end(self.streams, error)
         self.end([*self.streams, *(stream for what, stream in self.orders)], RuntimeError("the engine was closed"))
 
@@ -80,15 +87,12 @@ class _EngineThread(threading.Thread):
                 for request in stream.requests:
                     self.llm.abort(request.request_id)
 
-    def deliver(self) -> None:
-        for stream in list(self.streams):
-            deltas = [delta for request in stream.requests for delta in request.take_deltas()]
-            end = [] if stream.call.unfinished else [None]
-            if not stream.put(*([deltas] if deltas else []), *end):
+    def deliver(self, stream: _Stream, items: list[Any]) -> None:
+        is_heard = stream.put(*items)
+        if not is_heard or (items and not isinstance(items[-1], list)):  # nobody waits, or it has ended
+            if stream.call.unfinished:
                 self.obey([("abort", stream)])
-                end = [None]
-            if end:
-                self.streams.remove(stream)
+            self.streams.remove(stream)
 
     def end(self, streams: list[_Stream], error: BaseException) -> None:
         """Nothing more will come for these streams but `error`."""
@@ -113,7 +117,8 @@ class AsyncLLM:
         async for delta in llm.generate("Once upon a time", SamplingParams(max_tokens=100)):
             print(delta.text, end="")
 
-    An exception of a step reaches every task that is waiting, and the engine goes on with what comes next.
+    What `logits_processors` raise reaches the task that brought them; any other exception of a step reaches every task
+    that is waiting. The engine goes on with what comes next.
     """
 
     def __init__(self, model: str, **kwargs: Any):
@@ -145,6 +150,13 @@ class AsyncLLM:
         finally:
             if isinstance(item, list):  # left before the end
                 self._thread.order("abort", stream)
+
+    def get_tokenizer(self) -> Any:
+        return self.llm.get_tokenizer()
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """As `LLM.get_default_sampling_params`."""
+        return self.llm.get_default_sampling_params()
 
     def chat(self, messages: Any, sampling_params: Any = None, **kwargs: Any) -> AsyncIterator[StreamDelta]:
         """`generate` for one conversation or a list of them; `kwargs` as `LLM.chat` takes them."""

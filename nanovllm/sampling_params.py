@@ -58,9 +58,11 @@ class StructuredOutputsParams:
 
 
 @strict_kwargs
-@dataclass(frozen=True)
+@dataclass(slots=True)  # so that assigning to a field that does not exist is an error
 class SamplingParams:
     """Sampling parameters of one request: vLLM's names, defaults and ranges (but `max_tokens`, 64 here).
+
+    Fields may be assigned to, as vLLM's scripts do; they are checked here and again with every request that uses them.
 
     Args:
         n: completions of the prompt, at least 1.
@@ -171,7 +173,7 @@ class SamplingParams:
                 raise ValueError(f"stop must be a non-empty string or a list of such, and contains {text!r}")
         if stop and not self.detokenize:
             raise ValueError(f"stop={self.stop!r} is found in the text, which detokenize=False leaves out")
-        object.__setattr__(self, "stop_strings", tuple(stop))
+        self.stop_strings = tuple(stop)
 
     @property
     def has_penalties(self) -> bool:

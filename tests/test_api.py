@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import tqdm.auto
 from helpers import (
     EOS,
     VOCAB_SIZE,
@@ -27,6 +28,7 @@ from helpers import (
 )
 
 from nanovllm import LLM, SamplingParams, StructuredOutputsParams
+from nanovllm.engine import llm_engine
 
 LONG = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
 
@@ -216,6 +218,14 @@ def test_an_aborted_request_says_so(llm):
     assert len(deltas) < 20
 
 
+def test_an_abort_of_what_is_no_request_id(qwen3, llm):
+    """vLLM's ids are strings, and it takes lists of them: refused, instead of quietly aborting nothing."""
+    for wrong in ("3", [3], None, 1.0, -1):
+        with pytest.raises((TypeError, ValueError), match="request_id must be an integer"):
+            llm.abort(wrong)
+    assert_matches(qwen3, [[1, 2]], llm.generate([1, 2], greedy(6), use_tqdm=False), 6)
+
+
 def test_abort_from_another_thread(llm):
     found: list[Any] = []
     thread = threading.Thread(
@@ -307,6 +317,15 @@ def test_chat(chat_llm):
     assert chat_llm.get_tokenizer() is chat_llm.tokenizer
 
 
+def test_a_chat_that_goes_on_with_its_last_message(chat_llm):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well,"}]
+    kwargs = {"add_generation_prompt": False, "continue_final_message": True}
+    (output,) = chat_llm.chat(messages, greedy(6), use_tqdm=False, **kwargs)
+    assert output.prompt == "[user:hi][assistant:Well,"
+    with pytest.raises(ValueError, match="continue_final_message"):
+        chat_llm.chat(messages, greedy(6), use_tqdm=False, continue_final_message=True)
+
+
 def test_bad_chats(llm, chat_llm):
     with pytest.raises(ValueError, match=r"no chat template: pass chat_template="):
         llm.chat([{"role": "user", "content": "hi"}])
@@ -360,6 +379,7 @@ def test_progress_shows_requests_and_both_rates(llm, capsys):
     assert "output tok/s" in shown
     llm.generate(["ab"], greedy(4), use_tqdm=False)
     assert capsys.readouterr().err == ""
+    assert llm_engine.tqdm is tqdm.auto.tqdm, "which is a widget in notebooks"
 
 
 def test_threads_get_their_own_results(qwen3):
@@ -548,6 +568,151 @@ def test_a_callable_that_fails_takes_its_call_out(qwen3, llm):
             llm.generate([1], SamplingParams(logits_processors=[wrong]), use_tqdm=False)
         assert_idle(llm)
     assert_matches(qwen3, [[1, 2]], llm.generate([1, 2], greedy(6), use_tqdm=False), 6)
+
+
+def break_at(num_tokens: int, error: BaseException):
+    def broken(output_ids, logits):
+        if len(output_ids) == num_tokens:
+            raise error
+        return logits
+
+    return broken
+
+
+def test_a_callable_that_fails_takes_no_other_call_out(qwen3):
+    """Whoever steps the engine when it fails: the one who owns it is told, once, and the rows beside it go on."""
+    llm = qwen3.llm()
+    broken = SamplingParams(n=2, logits_processors=[break_at(3, OSError("no disk")), lambda ids, x: x], ignore_eos=True)
+    first, second = llm.stream([1, 2], greedy(20)), llm.stream([[3], [4]], [broken, greedy(20)])
+    tokens = [token for _ in range(2) for token in next(first).token_ids]
+    assert next(second).token_ids
+    tokens += [token for delta in first for token in delta.token_ids]  # it failed in these steps
+    assert_matches(qwen3, [[1, 2]], [tokens], 20)
+    with pytest.raises(OSError, match="no disk"):
+        list(second)
+    assert_idle(llm)
+    # Beside `generate`, and of a request that was queued with `add_request`: `step` raises, and goes on.
+    broken = dataclasses.replace(broken, n=1)
+    ids = [llm.add_request([i + 1], broken if i == 1 else greedy(5 + i)) for i in range(3)]
+    assert_matches(qwen3, [[7, 8]], llm.generate([7, 8], greedy(10), use_tqdm=False), 10)
+    with pytest.raises(OSError, match="no disk"):
+        llm.step()
+    done = drain(llm)
+    assert_matches(qwen3, [[1], [3]], [done[i][0] for i in ids[::2]], [5, 7])
+    assert ids[1] not in done
+
+
+def test_a_callable_interrupted_by_ctrl_c(qwen3, llm):
+    params = SamplingParams(logits_processors=[break_at(3, KeyboardInterrupt())], ignore_eos=True)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[1], [2]], params, use_tqdm=False)
+    assert_idle(llm)
+    assert_matches(qwen3, [[1, 2]], llm.generate([1, 2], greedy(6), use_tqdm=False), 6)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_callable_that_calls_the_engine_is_refused(qwen3, depth):
+    """In the middle of a step, with and without catching the error; everybody else's requests go on."""
+    llm = qwen3.llm()
+    llm.depth = depth
+    half_read = []
+    uses = {
+        "generate": lambda: llm.generate([1], greedy(2), use_tqdm=False),
+        "stream": lambda: next(llm.stream([1], greedy(2))),
+        "a stream that is half read": lambda: next(half_read[0]),
+        "add_request": lambda: llm.add_request([1], greedy(2)),
+        "step": llm.step,
+        "reset_prefix_cache": llm.reset_prefix_cache,
+        "close": llm.close,
+    }
+    for name, use in uses.items():
+        for catches in (False, True):
+            half_read[:] = [llm.stream([5, 6], greedy(30))]
+            next(half_read[0])
+            refused = []
+
+            def meddling(output_ids, logits, use=use, catches=catches, refused=refused):
+                if len(output_ids) == 2:
+                    try:
+                        use()
+                    except RuntimeError as error:
+                        refused.append(str(error))
+                        if not catches:
+                            raise
+                    llm.abort(10**9)
+                    assert llm.stats()["num_running"] >= 2
+                return logits
+
+            params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logits_processors=[meddling])
+            if catches:
+                outputs = llm.generate([[1, 2], [3]], [params, greedy(6)], use_tqdm=False)
+                assert_matches(qwen3, [[1, 2], [3]], outputs, 6)
+            else:
+                with pytest.raises(RuntimeError, match="in the middle of a step"):
+                    llm.generate([[1, 2], [3]], [params, greedy(6)], use_tqdm=False)
+            assert len(refused) == 1, name
+            assert "in the middle of a step" in refused[0]
+            if "half read" not in name:  # which ends the stream, as any exception in a generator does
+                tokens = [token for delta in half_read[0] for token in delta.token_ids]
+                assert_matches(qwen3, [[5, 6]], [qwen3.answers([[5, 6]], 64)[0][0][:1] + tokens], 30)
+            assert_idle(llm)
+
+
+def test_no_interruption_leaves_an_engine_that_refuses(qwen3, llm):
+    """What Ctrl-C can leave behind does not pass for the middle of a step: only the call stack does."""
+    llm._busy_thread = threading.get_ident()
+    assert_matches(qwen3, [[1, 2]], llm.generate([1, 2], greedy(6), use_tqdm=False), 6)
+
+
+def test_whatever_thread_steps_it_does_so_on_the_engines_gpu(qwen3, monkeypatch):
+    """The current GPU is a setting of each thread; -1 stands for none. (On two GPUs: test_gpu.py.)"""
+    current = threading.local()
+
+    class Device:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            self.before, current.index = getattr(current, "index", 0), self.index
+
+        def __exit__(self, *exc_info):
+            current.index = self.before
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    llm = qwen3.llm()
+    assert llm._cuda_index == -1
+    llm._cuda_index, seen = 1, []
+
+    def watched(function):
+        def wrapped(*args):
+            seen.append((threading.get_ident(), current.index))
+            return function(*args)
+
+        return wrapped
+
+    def use():
+        llm.generate([1], greedy(3), use_tqdm=False)
+        list(llm.stream([1], greedy(3)))
+        llm.add_request([1], greedy(3))
+        drain(llm)
+        for _ in llm.stream([1], greedy(30)):
+            break
+        params = SamplingParams(logits_processors=[break_at(1, KeyboardInterrupt())])
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([1], params, use_tqdm=False)
+        assert getattr(current, "index", 0) == 0, "the thread's own is restored"
+
+    with (
+        replaced(llm.model_runner, "call", watched),
+        replaced(llm.scheduler, "reset", watched),
+        replaced(llm.scheduler, "finish", watched),
+    ):
+        use()
+        thread = threading.Thread(target=use)
+        thread.start()
+        thread.join()
+    assert len({ident for ident, _ in seen}) == 2
+    assert {index for _, index in seen} == {1}
 
 
 def test_a_vllm_logits_processor_that_counts(llm):

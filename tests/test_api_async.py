@@ -146,19 +146,52 @@ def test_an_exception_in_the_thread_reaches_every_waiter(qwen3, llm):
         return logits
 
     async def main():
-        waiters = [collect(llm, [i + 1], LONG) for i in range(3)]
-        waiters.append(collect(llm, [9], SamplingParams(logits_processors=[broken], ignore_eos=True)))
-        results = await asyncio.gather(*waiters, return_exceptions=True)
-        assert [type(result) for result in results] == [OSError] * 4
+        # What a user's callable raises concerns the task that brought it, and its other prompt.
+        waiters = [collect(llm, [i + 1], greedy(40)) for i in range(3)]
+        waiters.append(collect(llm, [[9], [8]], SamplingParams(logits_processors=[broken], ignore_eos=True)))
+        *others, error = await asyncio.gather(*waiters, return_exceptions=True)
+        assert isinstance(error, OSError)
+        assert_matches(qwen3, [[1], [2], [3]], [token_ids for _, token_ids in others], 40)
         await idle(llm)
         with replaced(llm.llm.model_runner, "call", lambda _: lambda *args: 1 / 0):
-            with pytest.raises(ZeroDivisionError):
-                await collect(llm, [1], LONG)
+            waiters = [collect(llm, [i + 1], LONG) for i in range(3)]
+            results = await asyncio.gather(*waiters, return_exceptions=True)
+            assert [type(result) for result in results] == [ZeroDivisionError] * 3
             with replaced(llm.llm, "_recover", lambda _: lambda: 1 / 0), pytest.raises(ZeroDivisionError):
                 await collect(llm, [1], LONG)
         return await collect(llm, [1, 2], greedy(5))
 
     assert_matches(qwen3, [[1, 2]], [asyncio.run(main())[1]], 5)
+
+
+def test_chat(qwen3):
+    """The deltas of one conversation or several are `LLM.chat`'s texts, by the model's template or another."""
+    template = "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}{{ tools[0].function.name }}{{ x }}>"
+    messages = [{"role": "user", "content": "hi"}]
+    tools = [{"type": "function", "function": {"name": "look", "description": "d", "parameters": {"type": "object"}}}]
+    kwargs = {"chat_template": template, "tools": tools, "chat_template_kwargs": {"x": "?"}}
+
+    async def texts(llm, messages, **kwargs):
+        found = {}
+        async for delta in llm.chat(messages, greedy(8), **kwargs):
+            found[delta.request_id] = found.get(delta.request_id, "") + delta.text
+        return [found[request_id] for request_id in sorted(found)]
+
+    async def main():
+        async with make(qwen3) as llm:
+            with pytest.raises(ValueError, match="no chat template"):
+                llm.chat(messages)
+            conversations = [messages, [*messages, {"role": "assistant", "content": "yes"}]]
+            one, several = await asyncio.gather(texts(llm, messages, **kwargs), texts(llm, conversations, **kwargs))
+            await idle(llm)
+            assert llm.get_tokenizer() is llm.llm.tokenizer
+            assert llm.get_default_sampling_params() == SamplingParams()
+            expected = llm.llm.chat(conversations, greedy(8), use_tqdm=False, **kwargs)
+            assert [output.prompt for output in expected] == ["[user:hi]look?>", "[user:hi][assistant:yes]look?>"]
+            assert several == [output["text"] for output in expected]
+            assert one == several[:1]
+
+    asyncio.run(main())
 
 
 def test_closing(qwen3):

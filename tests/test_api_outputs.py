@@ -340,10 +340,12 @@ def test_the_checkpoints_defaults_apply_only_without_sampling_params(qwen3, tmp_
     path = copy_checkpoint(qwen3.path, tmp_path / "defaults")
     (path / "generation_config.json").unlink()
     recommended = {"do_sample": True, "temperature": 0.9, "top_k": 1, "top_p": 0.8, "repetition_penalty": 1.0}
+    recommended["max_new_tokens"] = 40
     (path / "generation_config.json").write_text(json.dumps(recommended))
     llm = LLM(str(path), device="cpu", max_model_len=128, max_num_seqs=8)
     prompt = [1, 2, 3]
-    best = qwen3.answers([prompt], 64)[0][0]
+    best = qwen3.answers([prompt], 64)[0][0][:40]
+    assert llm.get_default_sampling_params() == SamplingParams(temperature=0.9, top_k=1, top_p=0.8, max_tokens=40)
     (output,) = llm.generate(prompt, use_tqdm=False)
     assert output["token_ids"] == best, "top_k=1 is greedy"
     assert "".join(delta.text for delta in llm.stream(prompt)) == output["text"]
@@ -353,7 +355,12 @@ def test_the_checkpoints_defaults_apply_only_without_sampling_params(qwen3, tmp_
         done.update(llm.step()[0])
     assert done == {request_id: best}
     (output,) = llm.generate(prompt, SamplingParams(seed=1), use_tqdm=False)
-    assert output["token_ids"] != best
+    assert output["token_ids"][:40] != best
+    assert len(output["token_ids"]) == 64
+    for changes, match in (({"top_p": 1.5}, "top_p must be"), ({"temperature": "0.6"}, "temperature must be")):
+        (path / "generation_config.json").write_text(json.dumps(changes))
+        with pytest.raises((TypeError, ValueError), match=f"generation_config.json: {match}"):
+            LLM(str(path), device="cpu", max_model_len=128, max_num_seqs=8)
 
 
 # ---- what an output is ----

@@ -266,8 +266,23 @@ def test_good_sampling_params():
     assert dataclasses.replace(params, max_tokens=7).max_tokens == 7
     with pytest.raises(ValueError, match="max_tokens"):
         dataclasses.replace(params, max_tokens=0)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        params.max_tokens = 0
+
+
+def test_sampling_params_that_were_assigned_to(llm, qwen3):
+    """As vLLM's scripts do with `get_default_sampling_params`: what counts is what they are when they are used."""
+    params = llm.get_default_sampling_params()
+    params.temperature, params.max_tokens, params.stop = 0, 6, "\n\n\n"
+    stream = llm.stream([[1, 2]], params)
+    outputs = llm.generate([[1, 2]], params, use_tqdm=False)
+    assert_matches(qwen3, [[1, 2]], outputs, 6)
+    params.max_tokens = 0
+    with pytest.raises(ValueError, match="max_tokens must be an integer of at least 1, got 0"):
+        llm.generate([[1, 2]], params, use_tqdm=False)
+    assert "".join(delta.text for delta in stream) == outputs[0]["text"], "those of a request are its own"
+    with pytest.raises(AttributeError, match="max_token"):
+        params.max_token = 5
+    assert llm.get_default_sampling_params() == SamplingParams(), "the engine's are not the user's"
+    assert_idle(llm)
 
 
 @pytest.mark.usefixtures("unharmed")
@@ -623,10 +638,23 @@ class Scenario:
         return None
 
 
+class StreamScenario(Scenario):
+    """The three as a stream, one of them with a callable."""
+
+    def generate(self) -> list[list[int]]:
+        params = [greedy(n) for n in self.lengths[2:]]
+        params[0] = dataclasses.replace(params[0], logits_processors=[lambda output_ids, logits: logits])
+        found: dict[int, list[int]] = {}
+        for delta in self.llm.stream(list(self.prompts[2:]), params):
+            found.setdefault(delta.request_id, []).extend(delta.token_ids)
+        return [found[request_id] for request_id in sorted(found)]
+
+
 @pytest.mark.parametrize("depth", [0, 1])
-def test_ctrl_c_at_any_line(qwen3, depth):
+@pytest.mark.parametrize("kind", [Scenario, StreamScenario])
+def test_ctrl_c_at_any_line(qwen3, kind, depth):
     """Own requests are gone, blocks are free, other requests end as they should, and the next call is right."""
-    scenario = Scenario(qwen3, depth)
+    scenario = kind(qwen3, depth)
     others = scenario.start()
     with InterruptAtLine() as counter:
         assert scenario.generate() == scenario.expected[2:]
@@ -644,7 +672,7 @@ def test_ctrl_c_at_any_line(qwen3, depth):
                 num_interrupted += 1
         if found := scenario.problem(others):
             problems[interrupt.where] = found
-            scenario = Scenario(qwen3, depth)
+            scenario = kind(qwen3, depth)
     assert num_interrupted > 50
     assert not problems, "\n".join(f"{where}: {what}" for where, what in sorted(problems.items()))
 

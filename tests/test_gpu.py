@@ -8,6 +8,7 @@ The checkpoint is $MODELS/qwen3-0.6B if there is one, else four layers of that s
 import gc
 import os
 import random
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -406,3 +407,29 @@ def test_default_choices(model):
         assert llm.model_runner.model.lm_head.weight.device.type == "cuda"
         (output,) = llm.generate("Hello", greedy(4), use_tqdm=False)
         assert len(output["token_ids"]) == 4
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("backend", CAPTURED)
+def test_any_thread_may_use_an_engine_on_any_gpu(model, backend):
+    """Two engines on two GPUs, by turns from one thread and from a new one, whose current GPU is the first."""
+    prompts, completions = model.requests(PROMPT_LENGTHS[:8], 24, seed=3)
+    expected = model.expected(prompts, completions)
+    kwargs = {"attention_backend": backend, "dtype": "bfloat16"}
+    with model.llm(device="cuda:1", **kwargs) as second, model.llm(device="cuda:0", **kwargs) as first:
+        assert torch.cuda.current_device() == 0
+        found: list[list[torch.Tensor]] = []
+
+        def use() -> None:
+            found.extend(teacher_forced(llm, prompts, completions) for llm in (second, first, second))
+            assert torch.cuda.current_device() == 0
+
+        use()
+        thread = threading.Thread(target=use)
+        thread.start()
+        thread.join()
+        assert len(found) == 6
+        for logprobs in found:
+            assert max_difference(logprobs, expected) < TOLERANCE
+        assert second.model_runner.state.last_token.device.index == 1
+        assert second.model_runner.graphs.graphs

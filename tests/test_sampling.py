@@ -1,5 +1,6 @@
 """Sampling as a distribution: the draws against the softmax, the noise against its law, seeds against the batch."""
 
+import dataclasses
 import math
 from collections import Counter
 
@@ -338,4 +339,14 @@ def test_a_tiny_temperature_is_greedy(checkpoints):
 
 
 def test_default_sampling_params():
-    assert SamplingParams() == SamplingParams(temperature=1.0, max_tokens=64, ignore_eos=False)
+    """vLLM's, but for `max_tokens`, whose default there is 16."""
+    vllm = {
+        "n": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "presence_penalty": 0.0,
+        "frequency_penalty": 0.0, "repetition_penalty": 1.0, "seed": None, "stop": None, "stop_token_ids": None,
+        "ignore_eos": False, "max_tokens": 64, "min_tokens": 0, "logprobs": None, "prompt_logprobs": None,
+        "logit_bias": None, "allowed_token_ids": None, "bad_words": None, "include_stop_str_in_output": False,
+        "detokenize": True, "skip_special_tokens": True, "spaces_between_special_tokens": True,
+        "logits_processors": None, "structured_outputs": None,
+    }  # fmt: skip
+    fields = dataclasses.fields(SamplingParams)
+    assert {field.name: field.default for field in fields if field.init} == vllm

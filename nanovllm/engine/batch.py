@@ -289,15 +289,26 @@ def banned_ids(seq: Sequence) -> list[int]:
 
 
 def bind_processor(processor: Any, seq: Sequence) -> Any:
-    """A callable of the logits alone; users' take the output ids, and the prompt's before them if they take three."""
-    arguments: list[Any] = [seq.completion_token_ids]
-    if len(inspect.signature(processor).parameters) == 3:
-        arguments.insert(0, seq.prompt_token_ids)
+    """A callable of the logits alone; users' take the output ids, and the prompt's before them if they take three.
+
+    What it raises is kept for whoever made the request: no other row of the batch hears of it.
+    """
+    request = seq.request
 
     def bound(logits: torch.Tensor) -> torch.Tensor:
-        result = processor(*arguments, logits)
-        if not isinstance(result, torch.Tensor) or result.shape != logits.shape:
-            raise TypeError(f"logits_processors must return the logits, [{len(logits)}]; {processor!r} gave {result!r}")
-        return result
+        if request.error is None:
+            try:
+                arguments: list[Any] = [seq.completion_token_ids]
+                if len(inspect.signature(processor).parameters) == 3:
+                    arguments.insert(0, seq.prompt_token_ids)
+                result = processor(*arguments, logits)
+                if isinstance(result, torch.Tensor) and result.shape == logits.shape:
+                    return result
+                raise TypeError(
+                    f"logits_processors must return the logits, [{len(logits)}]; {processor!r} gave {result!r}"
+                )
+            except Exception as error:
+                request.error = error
+        return torch.full_like(logits, float("-inf"))  # leaves nothing to draw, which ends the request
 
     return bound

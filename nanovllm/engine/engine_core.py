@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+import traceback
 import weakref
 from collections import deque
 from collections.abc import Iterator
@@ -10,21 +11,21 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.input_processor import InputProcessor
+from nanovllm.engine.input_processor import InputProcessor, Prompt
 from nanovllm.engine.model_runner import ModelRunner, PendingTokens
 from nanovllm.engine.request import Call, Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import EngineDeadError
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.validation import check_int
 
 logger = logging.getLogger("nanovllm")
-
-Prompt = str | list[int] | dict[str, Any]
 
 
 class EngineCore:
@@ -37,7 +38,10 @@ class EngineCore:
         start = perf_counter()
         self.config = config = Config(model, **kwargs)
         self.tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
-        self.model_runner = ModelRunner(config)
+        # The current GPU is a setting of each thread, and a thread may use several engines. -1 stands for none.
+        self._cuda_index = config.device.index if config.device.type == "cuda" else -1
+        with torch.cuda.device(self._cuda_index):
+            self.model_runner = ModelRunner(config)
         self._finalizer = weakref.finalize(self, ModelRunner.exit, self.model_runner)
         num_blocks, block_size = self.model_runner.num_kvcache_blocks, config.kvcache_block_size
         self.block_manager = BlockManager(num_blocks, block_size)
@@ -79,11 +83,11 @@ class EngineCore:
         """Schedule a batch, launch it, and take in the tokens of the step before.
 
         Returns the finished requests as (request id, token ids), one for each completion, and the number of tokens
-        computed.
+        computed. Raises what a request's `logits_processors` raised; that request has ended then.
         """
         with self._exclusive():
             num_tokens = self._step() if self._requests else 0
-            finished, self._step_call.finished = self._step_call.finished, []
+            finished = self._step_call.take_finished()
         return [
             (request.request_id, seq.completion_token_ids) for request in finished for seq in request.seqs
         ], num_tokens
@@ -93,8 +97,11 @@ class EngineCore:
         return not self._requests and not self._step_call.finished
 
     def abort(self, request_id: int) -> None:
-        """End a request now, with what it has and `finish_reason` "abort"; harmless if it is finished or unknown."""
-        self._aborts.append(request_id)
+        """End a request now, with what it has and `finish_reason` "abort"; harmless if it is finished or unknown.
+
+        Raises TypeError or ValueError for what can be no request id.
+        """
+        self._aborts.append(check_int("request_id", request_id, 0))
         # A user's callable may ask in the middle of a step, and so may the garbage collector, when it finds a stream
         # that was left: then the step does it at its end. After `close` there is nothing left to end.
         if self._finalizer.alive and self._busy_thread != threading.get_ident():
@@ -105,7 +112,7 @@ class EngineCore:
     def _exclusive(self) -> Iterator[None]:
         """Alone with the state of the requests, which is put in order first if the last one here was interrupted."""
         self._check_open()
-        with self._lock:
+        with self._lock, torch.cuda.device(self._cuda_index):
             try:
                 self._busy_thread = threading.get_ident()
                 if self._interrupted:
@@ -246,6 +253,9 @@ class EngineCore:
 
     def _drop(self, requests: list[Request]) -> None:
         """Take a failed or abandoned call's requests out, whatever state they are in."""
+        if self._is_in_step():  # a user's callable read on in a stream: the step ends it when it is over
+            self._aborts += [request.request_id for request in requests]
+            return
         for request in requests:
             self._requests.pop(request.request_id, None)
         if self._death is not None:  # nothing is left to put in order
@@ -259,10 +269,29 @@ class EngineCore:
 
     def exit(self) -> None:
         """Give back memory and processes; harmless when repeated. The engine cannot be used afterwards."""
+        self._check_not_in_step()
         with self._lock:  # not in the middle of another thread's step
             self._finalizer()
 
+    def _is_in_step(self) -> bool:
+        """Whether this thread is inside `_step`, as a user's callable is.
+
+        The call stack is asked, because a flag could be left set by a Ctrl-C between two lines.
+        """
+        code = EngineCore._step.__code__
+        return self._busy_thread == threading.get_ident() and any(
+            frame.f_code is code and frame.f_locals["self"] is self for frame, _ in traceback.walk_stack(None)
+        )
+
+    def _check_not_in_step(self) -> None:
+        if self._is_in_step():
+            raise RuntimeError(
+                "the engine is in the middle of a step, in which logits_processors may call abort() and stats() and "
+                "nothing else of it"
+            )
+
     def _check_open(self) -> None:
+        self._check_not_in_step()
         if not self._finalizer.alive:
             raise RuntimeError("this engine has been closed: make another LLM")
         if self._death is not None:

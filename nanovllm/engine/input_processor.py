@@ -1,9 +1,10 @@
 """What users pass in -> requests. Everything is checked here, before anything is queued; called by the engine."""
 
+import dataclasses
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -12,6 +13,21 @@ from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.structured import GrammarCompiler
 from nanovllm.sampling_params import SamplingParams
+
+
+class TextPrompt(TypedDict):
+    """A prompt as text; a plain dict does as well."""
+
+    prompt: str
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids; a plain dict does as well."""
+
+    prompt_token_ids: list[int]
+
+
+Prompt = str | list[int] | TextPrompt | TokensPrompt | dict[str, Any]
 
 
 class InputProcessor:
@@ -53,6 +69,7 @@ class InputProcessor:
         """Raises TypeError or ValueError for a prompt or parameters that cannot be served."""
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, got {params!r} of type {type(params).__name__}")
+        params = dataclasses.replace(params)  # users may assign to theirs: checked again, and ours from here on
         text, token_ids = self._tokenize(prompt, name)
         num_tokens = self._max_num_tokens(token_ids, params, name)
         self._check_params(params)
@@ -182,7 +199,10 @@ def fold_seed(seed: int, index: int) -> int:
 
 
 def default_sampling_params(path: Path) -> SamplingParams:
-    """What the checkpoint's generation_config.json recommends, for calls without `SamplingParams`."""
+    """What the checkpoint's generation_config.json recommends, for calls without `SamplingParams`.
+
+    Raises TypeError or ValueError, with the file's name, for what it may not recommend.
+    """
     file = path / "generation_config.json"
     if not file.is_file():
         return SamplingParams()
@@ -191,4 +211,9 @@ def default_sampling_params(path: Path) -> SamplingParams:
     values = {name: raw[name] for name in names if raw.get(name) is not None}
     if raw.get("do_sample") is False:
         values["temperature"] = 0.0
-    return SamplingParams(**values)
+    if raw.get("max_new_tokens") is not None:
+        values["max_tokens"] = raw["max_new_tokens"]
+    try:
+        return SamplingParams(**values)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{file}: {error}") from None

@@ -1,12 +1,14 @@
 """Requests in, outputs out: many prompts at once, streamed or not. The base class of `LLM`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from nanovllm.engine.engine_core import EngineCore, Prompt
+from nanovllm.engine.engine_core import EngineCore
+from nanovllm.engine.input_processor import Prompt
 from nanovllm.engine.request import Call, Request
 from nanovllm.outputs import RequestOutput, StreamDelta
 from nanovllm.sampling_params import SamplingParams
@@ -21,7 +23,7 @@ class LLMEngine(EngineCore):
 
     def generate(
         self,
-        prompts: Prompt | list[str] | list[list[int]] | list[dict[str, Any]],
+        prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | list[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
@@ -34,6 +36,8 @@ class LLMEngine(EngineCore):
 
         Raises:
             TypeError, ValueError: a bad argument; nothing has been queued then.
+            RuntimeError: the engine is closed, or in the middle of a step, where a logits processor called this.
+            Whatever one of this call's `logits_processors` raised.
             Whatever interrupts the loop, Ctrl-C included: it propagates, and this call's requests are gone.
         """
         requests = self.input_processor.make_requests(prompts, sampling_params)
@@ -96,15 +100,17 @@ class LLMEngine(EngineCore):
         call = Call()
         try:
             self._enqueue(requests, call, stream=True)
-            while True:
-                is_last = not call.unfinished  # asked first: whoever takes the deltas may abort meanwhile
-                for request in requests:
-                    yield from request.take_deltas()
-                if is_last:
-                    return
+            is_last = False
+            while not is_last:
                 with self._exclusive():
-                    if call.unfinished:
+                    if call.unfinished:  # another thread's step may have finished the last
                         self._step()
+                    deltas = [delta for request in requests for delta in request.take_deltas()]
+                    is_last = not call.unfinished
+                yield from deltas
+                for request in requests:
+                    if request.error is not None:
+                        raise request.error
         except GeneratorExit:
             for request in requests:
                 self.abort(request.request_id)
@@ -118,12 +124,12 @@ class LLMEngine(EngineCore):
         start, num_prompt, num_output = perf_counter(), 0, 0
         try:
             self._enqueue(requests, call)
-            while call.unfinished:
+            while call.unfinished or call.finished:
                 with self._exclusive():
-                    if call.unfinished:  # another thread's step may have finished the last
+                    if call.unfinished:
                         self._step()
+                    finished = call.take_finished()
                 # Texts are made here, while the device computes the next step, and not all at the end.
-                finished, call.finished = call.finished, []
                 for request in finished:
                     outputs[request.request_id] = request.output()
                     num_prompt += len(request.prompt_token_ids)
@@ -139,14 +145,16 @@ class LLMEngine(EngineCore):
             raise
         finally:
             progress.close()
-        for request in call.finished:
-            outputs[request.request_id] = request.output()
         return [outputs[request.request_id] for request in requests]
 
     # ---- everything else ----
 
     def get_tokenizer(self) -> Any:
         return self.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the checkpoint's generation_config.json recommends, which calls without `SamplingParams` use; a copy."""
+        return replace(self.input_processor.default_params)
 
     def reset_prefix_cache(self) -> None:
         """Forget cached prefixes; running requests go on."""

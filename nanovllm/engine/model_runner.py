@@ -361,7 +361,7 @@ class ModelRunner:
             self.__dict__.pop(name, None)
         gc.collect()
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
 
 

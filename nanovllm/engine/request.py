@@ -20,6 +20,15 @@ class Call:
     unfinished: set[int] = field(default_factory=set)  # request ids
     finished: list["Request"] = field(default_factory=list)
 
+    def take_finished(self) -> list["Request"]:
+        """Those that have ended since the last call. Raises what a callable of one raised, and forgets that one."""
+        for request in self.finished:
+            if request.error is not None:
+                self.finished.remove(request)
+                raise request.error
+        finished, self.finished = self.finished, []
+        return finished
+
 
 class Request:
     def __init__(self, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams, tokenizer: Any):
@@ -31,6 +40,7 @@ class Request:
         self.seqs: list[Sequence] = []
         self.bad_words_ids: list[list[int]] = []
         self.call = Call()
+        self.error: Exception | None = None  # raised by one of its `logits_processors`
         self.deltas: list[StreamDelta] | None = None  # collected if somebody streams
         self.num_emitted: list[int] = []  # tokens of each completion that the deltas have told of
         self.closed: set[int] = set()  # completions whose end they have told of
