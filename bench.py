@@ -32,8 +32,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="run this engine too, in turn with the first, both loaded; may be repeated",
     )  # fmt: skip
     add(
-        "--workload", choices=WORKLOADS,
-        help="bench: 256 requests of 100-1024 in and out, as upstream (default on a GPU); bs1: one of 128 in, 512 out; "
+        "--workload", choices=WORKLOADS, nargs="+", default=[], metavar="NAME",
+        help="one or more, one after the other. bench: 256 requests of 100-1024 in and out, as upstream (default on a GPU); bs1: one of 128 in, 512 out; "
         "prefill: 256 of 1024 in, 1 out; small: one of 16 in, 32 out, then 16 of them together",
     )  # fmt: skip
     add("--repeats", type=int, default=3, help="timed runs, each with fresh tokens, after a warm-up (default: 3)")
@@ -134,7 +134,8 @@ def make_cases(args: argparse.Namespace, device: torch.device, vocab_size: int) 
         sizes = [2**i for i in range(20) if 2**i <= (args.num_seqs or (256 if device.type == "cuda" else 16))]
         shapes = [(f"{size} together", size, (128, 128), (64, 64)) for size in sizes]
     else:
-        shapes = WORKLOADS[args.workload or ("bench" if device.type == "cuda" else "small")]
+        names = args.workload or ["bench" if device.type == "cuda" else "small"]
+        shapes = [shape for name in names for shape in WORKLOADS[name]]
     return [
         make_case(
             name,
