@@ -33,8 +33,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     add(
         "--workload", choices=WORKLOADS, nargs="+", default=[], metavar="NAME",
-        help="one or more, one after the other. bench: 256 requests of 100-1024 in and out, as upstream (default on a GPU); bs1: one of 128 in, 512 out; "
-        "prefill: 256 of 1024 in, 1 out; small: one of 16 in, 32 out, then 16 of them together",
+        help="one or more. bench: 256 requests of 100-1024 in and out, as upstream (default on a GPU); bs1: one of 128 "
+        "in, 512 out; prefill: 256 of 1024 in, 1 out; small: one of 16 in, 32 out, then 16 of them together",
     )  # fmt: skip
     add("--repeats", type=int, default=3, help="timed runs, each with fresh tokens, after a warm-up (default: 3)")
     add("--temperature", type=float, default=0.6)

@@ -1,7 +1,7 @@
 """Decode attention alone: the rate at which each backend reads keys and values. `python -m benchmarks.attention`.
 
-256 sequences of 100 to 2048 tokens on the heads of Qwen3-0.6B (16 queries, 8 keys and values, of 128), in bfloat16, pages
-in random order, a CUDA graph of ten calls. Bytes are those of the keys and values that belong to the sequences.
+Sequences of 100 to 2048 tokens on the heads of Qwen3-0.6B (16 queries, 8 keys and values, of 128), in bfloat16, pages in
+random order, a CUDA graph of ten calls. Bytes are those of the keys and values that belong to the sequences.
 """
 
 import argparse
