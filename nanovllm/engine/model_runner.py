@@ -24,13 +24,15 @@ from nanovllm.engine.cuda_graph import DecodeGraphs
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels.request_state import advance_rows, gather_rows
 from nanovllm.layers.attention import Attention
+from nanovllm.layers.embed_head import ParallelLMHead
+from nanovllm.layers.linear import LinearBase
 from nanovllm.layers.sampler import LogprobsTensors, Sampler, compute_logprobs
 from nanovllm.models import get_model_class
 from nanovllm.utils.context import Context, set_context
 from nanovllm.utils.distributed import TensorParallel
 from nanovllm.utils.loader import load_model
 
-PROMPT_LOGPROBS_CHUNK = 512  # positions whose logits exist at once
+PROMPT_LOGPROBS_CHUNK = 256  # positions whose logits exist at once
 CPU_CACHE_SHARE = 0.25  # of the RAM that is free when the engine starts
 
 
@@ -76,9 +78,12 @@ class ModelRunner:
         tp = TensorParallel(rank, config.tensor_parallel_size)
         self.model = build_model(model_class, config, tp)
         load_model(self.model, config.model)
+        for module in self.model.modules():
+            if isinstance(module, (LinearBase, ParallelLMHead)):
+                module.invariant = config.deterministic
         self.sampler = Sampler()
         self.last_decode: DecodeBatch | None = None
-        self.backend = load_backend(str(config.attention_backend), self.block_size)
+        self.backend = load_backend(str(config.attention_backend), self.block_size, config.deterministic)
         self.graphs: DecodeGraphs | None = None
         if self.device.type == "cuda" and not config.enforce_eager and self.backend.supports_cuda_graph:
             self.graphs = DecodeGraphs(self, config.max_num_seqs)
