@@ -178,15 +178,17 @@ def paged_attention_invariant_triton(q, k_cache, v_cache, block_tables, context_
     if not num_tokens:
         return out
     block_m, queries = queries_per_tile(num_heads, num_kv_heads)
+    # As the decode kernel: three stages at head_dim 128 in 16 bits, three programs a multiprocessor; without the limit
+    # on registers there would be two.
+    small = k_cache.element_size() * head_dim <= 256
+    options = {"num_stages": 3, "maxnreg": 168} if small and block_m == 16 else {"num_stages": 2}
     _invariant_kernel[(num_kv_heads, len(plan.items))](
         q, k_cache, v_cache, block_tables, plan.cu_seqlens_q, context_lens, plan.items,
         plan.partial_m, plan.partial_l, plan.partial_out, plan.arrivals, out,
         scale * LOG2_E, plan.max_splits, q.stride(0), block_tables.stride(0),
         NUM_KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, QUERIES=queries, D=head_dim, PAGE=block_size,
         ITEM_FIELDS=ITEM_FIELDS, BLOCK_M=block_m, BLOCK=BLOCK, SPLIT=SPLIT,
-        # As the decode kernel: three stages at head_dim 128 in 16 bits, three programs a multiprocessor.
-        num_warps=4, num_stages=3 if k_cache.element_size() * head_dim <= 256 else 2,
-        enable_fp_fusion=False, **launch_options(),
+        num_warps=4, enable_fp_fusion=False, **options, **launch_options(),
     )  # fmt: skip
     return out
 

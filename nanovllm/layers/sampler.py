@@ -99,7 +99,7 @@ def filter_min_p(logits: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
 def filter_top_k_top_p(logits: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Tensor | None) -> torch.Tensor:
     """Keep the top_k [n] largest logits (and what equals the last of them), then of these the fewest whose
     probabilities reach top_p [n]; at least one token stays."""
-    ascending, order = logits.sort(-1, stable=True)  # of equals at the edge of top-p the last ids stay, in any batch
+    ascending, order = logits.sort(dim=-1, stable=True)  # of equals at the edge of top-p the last ids stay, in any batch
     if top_k is not None:
         smallest_kept = ascending.gather(1, (logits.shape[1] - top_k)[:, None])
         ascending = ascending.masked_fill(ascending < smallest_kept, NEG_INF)
