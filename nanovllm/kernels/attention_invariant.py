@@ -69,7 +69,7 @@ def paged_attention_invariant(
         block_tables: [B, max_blocks] int32; entries beyond a context are not read.
         cu_seqlens_q: [B + 1] int32, from 0: sequence b's queries are q[cu_seqlens_q[b]:cu_seqlens_q[b + 1]]; None if
             each has one.
-        context_lens: [B] int32, at least as long as the queries.
+        context_lens: [B] int32, at least 1 and as long as the queries.
         plan: of `plan_invariant` for these lengths, which the kernel needs; its twin does without.
 
     Returns:
@@ -271,14 +271,13 @@ def _invariant_kernel(
                     part_heads = (partial_row + part) * NUM_HEADS + heads
                     # .cg: written by other multiprocessors, so not from this one's L1.
                     part_m = tl.load(partial_m_ptr + part_heads, mask=live, other=0.0, cache_modifier=".cg")
-                    part_l = tl.load(partial_l_ptr + part_heads, mask=live, other=0.0, cache_modifier=".cg")
+                    part_l = tl.load(partial_l_ptr + part_heads, mask=live, other=1.0, cache_modifier=".cg")
                     part_ptrs = partial_out_ptr + part_heads[:, None] * D + dims[None, :]
                     part_acc = tl.load(part_ptrs, mask=live[:, None], other=0.0, cache_modifier=".cg")
                     m, l, acc = merge(m, l, acc, part_m, part_l, part_acc)
         if merged:
-            out = acc / tl.where(l > 0, l, 1.0)[:, None]  # an empty context has no sum
             out_ptrs = out_ptr + ((tokens * NUM_HEADS + heads) * D)[:, None] + dims[None, :]
-            tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=live[:, None])
+            tl.store(out_ptrs, (acc / l[:, None]).to(out_ptr.dtype.element_ty), mask=live[:, None])
 
 
 @jit
