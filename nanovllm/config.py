@@ -37,8 +37,8 @@ class Config:
         device: "auto" (CUDA if there is one), "cuda", "cuda:N" or "cpu".
         attention_backend: "sdpa", "flash_attn" or "triton"; None picks the fastest available.
         seed: of requests that bring none.
-        deterministic: a request's tokens and log probabilities are bitwise the same whatever runs beside it, cached or
-            not, on the same hardware and versions; on one rank, and slower (docs/deterministic.md). Default False.
+        deterministic: a request's tokens and log probabilities are bitwise the same whatever runs beside it and
+            whatever is cached, on the same hardware and versions; on one rank (docs/deterministic.md). Default False.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range.
@@ -76,8 +76,8 @@ class Config:
         check_bool("deterministic", self.deterministic)
         if self.deterministic and self.tensor_parallel_size > 1:
             raise ValueError(
-                f"deterministic=True runs on one rank, got tensor_parallel_size={self.tensor_parallel_size}; pass 1, or "
-                "leave deterministic False"
+                f"deterministic=True runs on one rank, got tensor_parallel_size={self.tensor_parallel_size}; pass 1, "
+                "or leave deterministic False"
             )
         if self.tensor_parallel_size > 1:
             raise ValueError(f"tensor_parallel_size={self.tensor_parallel_size}: this version runs on one rank; pass 1")

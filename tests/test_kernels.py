@@ -56,6 +56,7 @@ def test_import_without_triton():
         "import sys; sys.modules['triton'] = None\n"
         "import torch, nanovllm\n"
         "from nanovllm.kernels import activation, attention_decode, attention_prefill, norm, rope, sampling\n"
+        "from nanovllm.kernels import attention_invariant, linear_invariant\n"
         "assert norm.rms_norm(torch.ones(2, 4), torch.ones(4), 1e-6).shape == (2, 4)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -243,7 +243,7 @@ def _invariant_kernel(
                 NUM_KV_HEADS * D, D, PAGE, BLOCK_M, BLOCK,
             )  # fmt: skip
             if begin == 0:
-                m, l, acc = merge(m, l, acc, split_m, split_l, split_acc)
+                m, l, acc = merge(m, l, acc, split_m, split_l, split_acc)  # noqa: E741
             else:  # to be merged when all before it are
                 part_heads = (partial_row + split // SPLIT) * NUM_HEADS + heads
                 tl.store(partial_m_ptr + part_heads, split_m, mask=live)
@@ -274,7 +274,7 @@ def _invariant_kernel(
                     part_l = tl.load(partial_l_ptr + part_heads, mask=live, other=1.0, cache_modifier=".cg")
                     part_ptrs = partial_out_ptr + part_heads[:, None] * D + dims[None, :]
                     part_acc = tl.load(part_ptrs, mask=live[:, None], other=0.0, cache_modifier=".cg")
-                    m, l, acc = merge(m, l, acc, part_m, part_l, part_acc)
+                    m, l, acc = merge(m, l, acc, part_m, part_l, part_acc)  # noqa: E741
         if merged:
             out_ptrs = out_ptr + ((tokens * NUM_HEADS + heads) * D)[:, None] + dims[None, :]
             tl.store(out_ptrs, (acc / l[:, None]).to(out_ptr.dtype.element_ty), mask=live[:, None])

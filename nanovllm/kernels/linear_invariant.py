@@ -54,7 +54,7 @@ def linear_invariant_triton(x, weight, bias=None):
     if x.element_size() == 4:  # exact float32 has no tensor cores: a smaller tile that registers hold
         block_m, block_n, block_k, num_warps, num_stages = 64, 64, 32, 4, 2
     else:
-        block_m, block_n, block_k, num_warps, num_stages = 128, 128, 64, 8, 4 if has_large_shared_memory(x.device) else 3
+        block_m, block_n, block_k, num_warps, num_stages = 128, 128, 64, 8, max_stages(x.device)
     grid = (-(-num_tokens // block_m) * -(-num_outputs // block_n),)
     _linear_kernel[grid](
         x, weight, weight if bias is None else bias, out, num_tokens,
@@ -65,11 +65,10 @@ def linear_invariant_triton(x, weight, bias=None):
 
 
 @functools.cache
-def has_large_shared_memory(device: torch.device) -> bool:
-    """Whether four stages of the 16-bit tile, 128 KB, fit; three do everywhere."""
-    if device.type != "cuda":
-        return True
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 132 * 2**10
+def max_stages(device: torch.device) -> int:
+    """Of the 16-bit tile, 32 KB each: three fit everywhere, four where a multiprocessor has the memory."""
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return 4 if getattr(properties, "shared_memory_per_block_optin", 0) > 4 * 2**15 else 3
 
 
 @jit(do_not_specialize=("M",))

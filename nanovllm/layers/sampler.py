@@ -99,7 +99,7 @@ def filter_min_p(logits: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
 def filter_top_k_top_p(logits: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Tensor | None) -> torch.Tensor:
     """Keep the top_k [n] largest logits (and what equals the last of them), then of these the fewest whose
     probabilities reach top_p [n]; at least one token stays."""
-    ascending, order = logits.sort(dim=-1, stable=True)  # of equals at the edge of top-p the last ids stay, in any batch
+    ascending, order = logits.sort(dim=-1, stable=True)  # so that of equals at the edge of top-p the last ids stay
     if top_k is not None:
         smallest_kept = ascending.gather(1, (logits.shape[1] - top_k)[:, None])
         ascending = ascending.masked_fill(ascending < smallest_kept, NEG_INF)
@@ -137,7 +137,7 @@ class LogprobsTensors:
 
 
 def compute_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> LogprobsTensors:
-    """logits [m, vocab] as the model gave them, token_ids [m] int64, -1 for none. Of equals the lowest ids come first."""
+    """logits [m, vocab] as the model gave them, token_ids [m] int64, -1 for none; of equals the lowest id is first."""
     logprobs = log_softmax(logits.float())
     chosen = logprobs.gather(1, token_ids.clamp(min=0)[:, None])
     ranks = (logprobs > chosen).sum(-1) + 1
