@@ -1,6 +1,6 @@
 """Decode attention alone: the rate at which each backend reads keys and values. `python -m benchmarks.attention`.
 
-Sequences of 100 to 2048 tokens on the heads of Qwen3-0.6B (16 queries, 8 keys and values, of 128), in bfloat16, pages in
+Sequences of 100 to 2048 tokens on the heads of Qwen3-0.6B (16 queries, 8 keys and values, of 128) in bfloat16, pages in
 random order, a CUDA graph of ten calls. Bytes are those of the keys and values that belong to the sequences.
 """
 

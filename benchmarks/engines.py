@@ -38,6 +38,7 @@ class NanoVLLM(Engine):
         options = {
             "tensor_parallel_size": args.tensor_parallel_size,
             "attention_backend": args.attention_backend,
+            "deterministic": args.deterministic,
             "kvcache_block_size": args.kvcache_block_size,
             "num_kvcache_blocks": args.num_kvcache_blocks,
         }

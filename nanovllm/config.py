@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING
 
-from nanovllm.attention import choose_backend
+from nanovllm.attention import choose_backend, choose_invariant_backend
 from nanovllm.utils.distributed import check_divisible
 from nanovllm.utils.validation import check_bool, check_float, check_int, strict_kwargs
 
@@ -39,7 +39,8 @@ class Config:
         device: "auto" (CUDA if there is one), "cuda", "cuda:N" or "cpu".
         attention_backend: "sdpa", "flash_attn" or "triton"; None picks the fastest available.
         seed: of requests that bring none.
-        deterministic: batch-invariant results; only False in this version.
+        deterministic: a request's tokens and log probabilities are bitwise the same whatever runs beside it and
+            whatever is cached, on the same hardware and versions; on one rank (docs/deterministic.md). Default False.
         worker_timeout_s: a rank that shows no sign of life for so long is given up, and with it the engine. Default 10.
 
     Raises:
@@ -78,14 +79,18 @@ class Config:
         check_int("seed", self.seed, -(2**63), 2**63 - 1)
         check_bool("deterministic", self.deterministic)
         check_float("worker_timeout_s", self.worker_timeout_s, 1.0, 86400.0)
-        if self.deterministic:
-            raise ValueError("deterministic=True: this version has no batch-invariant mode; leave it False")
+        if self.deterministic and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"deterministic=True runs on one rank, got tensor_parallel_size={self.tensor_parallel_size}; pass 1, "
+                "or leave deterministic False"
+            )
         path = find_checkpoint(self.model)
         hf_config = load_hf_config(path)
         check_divisible(hf_config, self.tensor_parallel_size)
         device = resolve_device(self.device, self.tensor_parallel_size)
         dtype = resolve_dtype(self.dtype, device, hf_config)
-        backend = choose_backend(self.attention_backend, device, dtype, self.kvcache_block_size, head_dim(hf_config))
+        choose = choose_invariant_backend if self.deterministic else choose_backend
+        backend = choose(self.attention_backend, device, dtype, self.kvcache_block_size, head_dim(hf_config))
         model_len = getattr(hf_config, "max_position_embeddings", self.max_model_len)
         if model_len < self.max_model_len:
             logger.info("max_model_len lowered from %d to the %d of the model", self.max_model_len, model_len)

@@ -78,8 +78,7 @@ class Model:
         return LLM(self.path, **{**defaults, **kwargs})
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+def qwen3_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = Path(os.environ.get("MODELS", "/nowhere")) / "qwen3-0.6B"
     if not path.is_dir():
         path = tmp_path_factory.mktemp("qwen3-0.6B-shape")
@@ -91,6 +90,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
         torch.manual_seed(0)
         transformers.Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
         make_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    path = qwen3_checkpoint(tmp_path_factory)
     reference = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(DEVICE).eval()
     yield Model(str(path), reference, reference.config.vocab_size)
     del reference

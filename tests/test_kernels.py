@@ -16,8 +16,10 @@ triton = pytest.importorskip("triton")
 from nanovllm.kernels import (  # noqa: E402
     activation,
     attention_decode,
+    attention_invariant,
     attention_prefill,
     linear,
+    linear_invariant,
     norm,
     request_state,
     rope,
@@ -54,6 +56,7 @@ def test_import_without_triton():
         "import sys; sys.modules['triton'] = None\n"
         "import torch, nanovllm\n"
         "from nanovllm.kernels import activation, attention_decode, attention_prefill, norm, rope, sampling\n"
+        "from nanovllm.kernels import attention_invariant, linear_invariant\n"
         "assert norm.rms_norm(torch.ones(2, 4), torch.ones(4), 1e-6).shape == (2, 4)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -450,6 +453,102 @@ def test_split_k(device, dtype, num_tokens, num_splits):
     expected_out, expected_total = norm.add_rms_norm_torch(parts, residual, norm_weight, 1e-6)
     assert_close(total, expected_total, dtype)
     assert_close(out, expected_out, dtype)
+
+
+# ---- batch-invariant attention and products ----
+
+
+@pytest.fixture
+def _even_products(monkeypatch):
+    """The interpreter's tl.dot is numpy's product, whose BLAS rounds a row by its place. A matrix unit does not."""
+    if INTERPRETED:
+        multiply = lambda a, b, dtype: (a[:, :, None] * b[None]).sum(1, dtype=dtype)  # noqa: E731
+        monkeypatch.setattr("numpy.matmul", multiply)
+
+
+def invariant_attention(q, cache, q_lens, num_decodes, scale):
+    """The kernel on a batch whose first num_decodes sequences have one query each; rows of an idle split are NaN."""
+    num_tokens, num_heads, head_dim = q.shape
+    cu_seqlens_q = torch.tensor([0, *q_lens], device=q.device).cumsum(0, dtype=torch.int32)
+    plan = attention_invariant.plan_invariant(
+        cu_seqlens_q if num_decodes < len(q_lens) else None,
+        cache[3], num_decodes, num_tokens, num_heads, head_dim, cache[0].shape[2], max(cache[3].tolist()),
+    )  # fmt: skip
+    for partial in (plan.partial_m, plan.partial_l, plan.partial_out):
+        partial.fill_(NAN)
+    out = attention_invariant.paged_attention_invariant_triton(q, *cache, scale, plan)
+    assert not plan.arrivals.any()  # the next layer's counts begin at 0
+    return out, plan
+
+
+INVARIANT_CASES = [  # decodes, query lengths, context_lens, num_heads, num_kv_heads, head_dim, block_size
+    (4, [1, 1, 1, 1, 17, 3, 63, 65], [600, 1, 257, 256, 17, 300, 64, 520], 4, 2, 64, 16),
+    (2, [1, 1, 30, 5], [1300, 255, 49, 48], 5, 1, 64, 48),  # rows of a tile to spare; pages that blocks straddle
+    (0, [70, 3], [256, 3], 4, 2, 32, 256),
+    (3, [1, 1, 1], [1, 513, 512], 20, 1, 32, 32),  # more heads a group than tl.dot's least rows
+]
+
+
+@on_targets
+@pytest.mark.parametrize(
+    ("num_decodes", "q_lens", "context_lens", "num_heads", "num_kv_heads", "head_dim", "block_size"), INVARIANT_CASES
+)
+def test_invariant_attention(
+    device, dtype, num_decodes, q_lens, context_lens, num_heads, num_kv_heads, head_dim, block_size
+):
+    cache = make_cache(context_lens, num_kv_heads, head_dim, block_size, device, dtype)
+    q = make_queries(sum(q_lens), num_heads, head_dim, device, dtype)
+    out, plan = invariant_attention(q, cache, q_lens, num_decodes, head_dim**-0.5)
+    assert (plan.items[:, 4] > 1).any().item() == any(n > attention_invariant.SPLIT for n in context_lens[:num_decodes])
+    cu_seqlens_q = torch.tensor([0, *q_lens], device=device).cumsum(0, dtype=torch.int32)
+    args = q, *cache[:3], cu_seqlens_q, cache[3], head_dim**-0.5
+    expected = attention_prefill.paged_attention_prefill_torch(*args, max(q_lens))
+    assert_close(out, expected, dtype)
+    assert_close(attention_invariant.paged_attention_invariant_torch(*args), expected, dtype)
+
+
+@on_targets
+@pytest.mark.usefixtures("_even_products")
+def test_decoding_is_a_prompt_to_the_bit(device, dtype, monkeypatch):
+    """A token's attention as a decode, cut into items or not, and at any place of a prompt's tile."""
+    length, head_dim, scale = 600, 32, 32**-0.5
+    k_cache, v_cache, table, _ = make_cache([length], 1, head_dim, 16, device, dtype)
+    q = make_queries(length, 2, head_dim, device, dtype)
+
+    def attend(queries, ends, q_lens, num_decodes):
+        context_lens = torch.tensor(ends, dtype=torch.int32, device=device)
+        cache = k_cache, v_cache, table.expand(len(ends), -1).contiguous(), context_lens
+        return invariant_attention(queries, cache, q_lens, num_decodes, scale)
+
+    whole, _ = attend(q, [length], [length], 0)
+    for start, end in [(0, 300), (300, 301), (301, 307), (511, 514), (593, 600)]:  # chunks
+        chunk, _ = attend(q[start:end], [end], [end - start], 0)
+        assert torch.equal(chunk, whole[start:end]), (start, end)
+    # As decodes: cut into as many items as there are splits, or hardly, since the chip is full.
+    for multiprocessors, num_items, positions in [
+        (132, 3, [0, 1, 63, 64, 255, 256, 300, 511, 512, 599]),
+        (1, 2, [560, 570, 580, 599]),
+    ]:
+        monkeypatch.setattr(attention_invariant, "num_multiprocessors", lambda _, count=multiprocessors: count)
+        count = len(positions)
+        decoded, plan = attend(q[positions], [position + 1 for position in positions], [1] * count, count)
+        assert plan.items[:, 4].max() == num_items
+        assert torch.equal(decoded, whole[positions]), positions
+
+
+@on_targets
+@pytest.mark.usefixtures("_even_products")
+@pytest.mark.parametrize(("num_tokens", "outputs", "depth"), [(1, 100, 80), (17, 293, 48), (130, 64, 128)])
+def test_invariant_product(device, dtype, num_tokens, outputs, depth):
+    x, bias = torch.randn(num_tokens, depth, device=device).to(dtype), torch.randn(outputs, device=device).to(dtype)
+    weight = (torch.randn(outputs, depth, device=device) * depth**-0.5).to(dtype)
+    for b in (bias, None):
+        out = linear_invariant.linear_invariant_triton(x, weight, b)
+        expected = torch.nn.functional.linear(x.float(), weight.float(), None if b is None else b.float())
+        assert_close(out, expected, dtype)
+        for row in {0, num_tokens // 2, num_tokens - 1}:
+            alone = linear_invariant.linear_invariant_triton(x[row : row + 1], weight, b)
+            assert torch.equal(alone, out[row : row + 1])
 
 
 # ---- permanent rows ----

@@ -54,6 +54,22 @@ def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype, b
     return next(name for name in BACKENDS if not why_not(name, device, dtype, block_size, head_dim))
 
 
+def choose_invariant_backend(
+    name: str | None, device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int
+) -> str:
+    """As `choose_backend`, for `deterministic=True`: what it runs on follows from the device."""
+    only = "triton" if device.type == "cuda" else "sdpa"
+    if name not in (None, only):
+        raise ValueError(
+            f"attention_backend={name!r} has no batch-invariant attention; with deterministic=True on {device.type} "
+            f"leave attention_backend None (or say {only!r})"
+        )
+    problem = why_not(only, device, dtype, block_size, head_dim)
+    if problem:
+        raise ValueError(f"deterministic=True on {device.type} computes attention in Triton: {problem}")
+    return only
+
+
 def why_not(name: str, device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int) -> str | None:
     """What keeps backend `name` from working, or None."""
     if name == "sdpa":
@@ -78,6 +94,6 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype, block_size: int
     return None
 
 
-def load_backend(name: str, block_size: int) -> AttentionBackend:
-    module, cls, _ = BACKENDS[name]
+def load_backend(name: str, block_size: int, deterministic: bool = False) -> AttentionBackend:
+    module, cls, _ = ("nanovllm.attention.invariant", "InvariantBackend", 1) if deterministic else BACKENDS[name]
     return getattr(importlib.import_module(module), cls)(block_size)

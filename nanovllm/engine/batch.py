@@ -14,7 +14,7 @@ import torch
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.sampler import LogitsAdjustments
 
-PROMPT_LOGPROBS_CHUNK = 512  # positions whose logits exist at once
+PROMPT_LOGPROBS_CHUNK = 256  # positions whose logits exist at once
 
 
 class RequestState:

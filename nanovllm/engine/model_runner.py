@@ -30,6 +30,8 @@ from nanovllm.engine.step_output import PendingTokens, StepOutput, sampled_logpr
 from nanovllm.kernels.request_state import advance_rows, gather_rows
 from nanovllm.kernels.sampling import gumbel_max
 from nanovllm.layers.attention import Attention
+from nanovllm.layers.embed_head import ParallelLMHead
+from nanovllm.layers.linear import LinearBase
 from nanovllm.layers.sampler import Sampler, compute_logprobs
 from nanovllm.models import get_model_class
 from nanovllm.utils.context import Context, set_context
@@ -77,10 +79,13 @@ class ModelRunner:
         self.tp = connect()
         self.model = build_model(model_class, config, self.tp)
         load_model(self.model, config.model)
+        for module in self.model.modules():
+            if isinstance(module, (LinearBase, ParallelLMHead)):
+                module.invariant = config.deterministic
         loaded()
         self.sampler = Sampler()
         self.last_decode: DecodeBatch | None = None
-        self.backend = load_backend(str(config.attention_backend), self.block_size)
+        self.backend = load_backend(str(config.attention_backend), self.block_size, config.deterministic)
         self.graphs: DecodeGraphs | None = None
         if self.device.type == "cuda" and not config.enforce_eager and self.backend.supports_cuda_graph:
             self.graphs = DecodeGraphs(self, config.max_num_seqs)

@@ -186,7 +186,8 @@ def _gumbel_tile_kernel(
         score = tl.load(logits_ptr + row * logits_stride + ids, mask=ids < vocab_size, other=float("-inf"))
         score = score.to(tl.float32)
         if temperature >= GREEDY_BELOW:  # the noise costs more than the read: greedy rows do without
-            score = score * inverse + _gumbel(first_token_id + ids, key0, key1, APPROX_LOG)
+            # An fma by name: left to the compiler, either product could be the one that is not rounded.
+            score = tl.fma(score, inverse, _gumbel(first_token_id + ids, key0, key1, APPROX_LOG))
         score = tl.where(score != score, float("inf"), score)  # a NaN fails its row as +inf does
         better = score > best  # equals keep the lower id
         best = tl.where(better, score, best)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanovllm.kernels.linear_invariant import linear_invariant
 from nanovllm.utils.distributed import TensorParallel
 from nanovllm.utils.loader import check_dim, copy_exact
 
@@ -36,9 +37,11 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class ParallelLMHead(VocabParallelEmbedding):
+    invariant = False  # as in layers/linear.py
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states [B, hidden] -> logits of this rank's tokens, [B, num_valid]."""
-        return F.linear(hidden_states, self.weight)[:, : self.num_valid]
+        return (linear_invariant if self.invariant else F.linear)(hidden_states, self.weight)[:, : self.num_valid]
 
     def gather(self, logits: torch.Tensor) -> torch.Tensor:
         """This rank's logits [B, num_valid] -> everybody's, [B, vocab]."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from nanovllm.kernels.activation import silu_and_mul
 from nanovllm.kernels.linear import linear, linear_partial, norm_linear
+from nanovllm.kernels.linear_invariant import linear_invariant
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.distributed import TensorParallel
 from nanovllm.utils.loader import check_dim, copy_exact
@@ -19,6 +20,8 @@ from nanovllm.utils.loader import check_dim, copy_exact
 
 class LinearBase(nn.Module):
     """A weight [out, in] and maybe a bias [out], as held by this rank."""
+
+    invariant = False  # set by the runner: products whose rows do not depend on each other's number
 
     def __init__(self, input_size: int, output_size: int, bias: bool, tp: TensorParallel):
         super().__init__()
@@ -32,7 +35,10 @@ class LinearBase(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, in] -> [T, out]."""
-        return F.linear(x, self.weight, self.bias)
+        return self.product(x)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return (linear_invariant if self.invariant else F.linear)(x, self.weight, self.bias)
 
 
 class ReplicatedLinear(LinearBase):
@@ -63,10 +69,10 @@ class MergedColumnParallelLinear(LinearBase):
 
         x [T, in] or partial sums [S, T, in], residual [T, in] or None -> [T, out], [T, in].
         """
-        if self.bias is None:
+        if self.bias is None and not self.invariant:
             return norm_linear(x, residual, norm.weight, norm.eps, self.weight, gated)
         x, residual = norm(x, residual)
-        out = F.linear(x, self.weight, self.bias)
+        out = self.product(x)
         return (silu_and_mul(out) if gated else out), residual
 
 
@@ -114,7 +120,7 @@ class RowParallelLinear(LinearBase):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.tp.size == 1:
-            return linear_partial(x, self.weight) if self.bias is None else F.linear(x, self.weight, self.bias)
+            return linear_partial(x, self.weight) if self.bias is None and not self.invariant else self.product(x)
         # The bias once; no partial sums, which would have to be added before they travel.
         bias = self.bias if self.tp.rank == 0 else None
         return self.tp.all_reduce(linear(x, self.weight, bias))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from nanovllm.kernels.sampling import GREEDY_BELOW, gumbel_argmax
@@ -98,15 +99,25 @@ def filter_min_p(logits: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
 def filter_top_k_top_p(logits: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Tensor | None) -> torch.Tensor:
     """Keep the top_k [n] largest logits (and what equals the last of them), then of these the fewest whose
     probabilities reach top_p [n]; at least one token stays."""
-    ascending, order = logits.sort(-1)
+    ascending, order = logits.sort(dim=-1, stable=True)  # so that of equals at the edge of top-p the last ids stay
     if top_k is not None:
         smallest_kept = ascending.gather(1, (logits.shape[1] - top_k)[:, None])
         ascending = ascending.masked_fill(ascending < smallest_kept, NEG_INF)
     if top_p is not None:
-        below = ascending.softmax(-1).cumsum(-1) <= 1 - top_p[:, None]
+        # In integers, whose sums are exact in any order: a GPU's order depends on the number of rows.
+        probs = (log_softmax(ascending).exp() * 2.0**40).long()
+        below = probs.cumsum(-1) <= ((1 - top_p) * 2.0**40).long()[:, None]
         below[:, -1] = False
         ascending = ascending.masked_fill(below & (top_p < 1.0)[:, None], NEG_INF)
     return torch.empty_like(logits).scatter_(1, order, ascending)
+
+
+def log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Of rows [m, vocab] float32. Padded to whole 16 bytes: the order of CUDA's sums depends on a row's alignment."""
+    vocab_size = logits.shape[1]
+    if vocab_size % 4:
+        logits = F.pad(logits, (0, -vocab_size % 4), value=NEG_INF)
+    return logits.log_softmax(-1)[:, :vocab_size]
 
 
 @dataclass(slots=True)
@@ -126,9 +137,13 @@ class LogprobsTensors:
 
 
 def compute_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> LogprobsTensors:
-    """logits [m, vocab] as the model gave them, token_ids [m] int64, -1 for none."""
-    logprobs = logits.float().log_softmax(-1)
+    """logits [m, vocab] as the model gave them, token_ids [m] int64, -1 for none; of equals the lowest id is first."""
+    logprobs = log_softmax(logits.float())
     chosen = logprobs.gather(1, token_ids.clamp(min=0)[:, None])
     ranks = (logprobs > chosen).sum(-1) + 1
-    top, top_ids = logprobs.topk(k, -1)
-    return LogprobsTensors(chosen.squeeze(1), ranks, top, top_ids)
+    # topk() breaks ties as its algorithm happens to, which depends on m. Here none are left: a log probability's
+    # distance from 0 has the order of its bits, and the id follows it in the same number.
+    keys = logprobs.abs().view(torch.int32).long()
+    keys.bitwise_left_shift_(32).bitwise_or_(torch.arange(logprobs.shape[1], device=keys.device))
+    top_ids = keys.topk(k, -1, largest=False).values.bitwise_and_(0xFFFFFFFF)
+    return LogprobsTensors(chosen.squeeze(1), ranks, logprobs.gather(1, top_ids), top_ids)
