@@ -116,7 +116,7 @@ class Scheduler:
         return finished
 
     def _end_broken(self, seqs: list[Sequence | None], token_ids: list[int]) -> list[Sequence]:
-        """End the sequences that got no token, since their logits had no finite maximum, and taint who shares blocks."""
+        """End the sequences whose logits had no finite maximum, and taint those that share blocks with them."""
         broken = [
             seq
             for seq, token_id in zip(seqs, token_ids, strict=True)
