@@ -148,7 +148,7 @@ class BlockManager:
         """The registered blocks that `seq` begins with; its last token is always left to compute."""
         hits: list[Block] = []
         parent_uid: int | str = seq.cache_salt
-        if seq.sampling_params.prompt_logprobs is not None:  # every prompt token has to be computed
+        if not seq.reads_cache:
             return hits
         for i in range((seq.num_tokens - 1) // self.block_size):
             block = self._lookup(self._block_hash(seq, i), parent_uid, seq.block(i))

@@ -11,12 +11,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.faults import diagnosed, release_memory
-from nanovllm.engine.input_processor import InputProcessor
+from nanovllm.engine.input_processor import InputProcessor, load_tokenizer
 from nanovllm.engine.model_runner import ModelRunner, PendingTokens
 from nanovllm.engine.request import Call, Request
 from nanovllm.engine.scheduler import Scheduler
@@ -39,7 +37,7 @@ class EngineCore:
     def __init__(self, model: str, **kwargs: Any):
         start = perf_counter()
         self.config = config = Config(model, **kwargs)
-        self.tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
+        self.tokenizer = load_tokenizer(config.model)
         # What can be wrong with the checkpoint's files is found before they take memory.
         self.input_processor = InputProcessor(config, self.tokenizer)
         check_files(Path(config.model))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import AutoTokenizer
 
 from nanovllm.config import Config
 from nanovllm.engine.request import Request
@@ -191,6 +192,17 @@ class InputProcessor:
             config = self.config
             self._grammars = GrammarCompiler(self.tokenizer, config.hf_config.vocab_size, config.eos_token_ids)
         return self._grammars.compile(params.structured_outputs)
+
+
+def load_tokenizer(path: str) -> Any:
+    """Raises ValueError if there is none, or it cannot be read."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # of many kinds, few of which name the file
+        raise ValueError(f"the tokenizer of {path} cannot be loaded: {error}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up where there are no files
+        raise ValueError(f"{path} has no tokenizer: tokenizer.json, or what that model has instead, is missing")
+    return tokenizer
 
 
 def fold_seed(seed: int, index: int) -> int:

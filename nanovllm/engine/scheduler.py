@@ -116,17 +116,28 @@ class Scheduler:
         return finished
 
     def _end_broken(self, seqs: list[Sequence | None], token_ids: list[int]) -> list[Sequence]:
-        """End the sequences whose logits had no finite maximum, and taint those that share blocks with them."""
+        """End the sequences whose logits had no finite maximum, or start them over if others may be to blame.
+
+        A NaN in a block reaches everyone who reads it, also from a token that comes later: masked, it is 0 · NaN. So
+        who has read blocks of others gets a second chance without them, and who shares blocks with any of these starts
+        over as well. Nobody finds the blocks any more.
+        """
         broken = [
             seq
             for seq, token_id in zip(seqs, token_ids, strict=True)
             if token_id < 0 and seq is not None and seq.status is not FINISHED and seq not in self._tainted
         ]
         suspects = {block_id for seq in broken for block_id in seq.block_table}
+        ended = []
         for seq in broken:
-            self.finish(seq, "error")
+            if seq.num_prefix_cached_tokens == 0:
+                self.finish(seq, "error")
+                ended.append(seq)
+            else:
+                self.block_manager.forget(seq)
+                seq.reads_cache = False
         self._tainted |= {seq for seq in self.running if not suspects.isdisjoint(seq.block_table)}
-        return broken
+        return ended
 
     def finish(self, seq: Sequence, reason: str) -> None:
         """Release what `seq` holds and take it off its queue."""

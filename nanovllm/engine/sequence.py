@@ -58,6 +58,8 @@ class Sequence:
         self.block_hashes: list[int] = []  # of the full blocks hashed so far; they survive preemption
         self.num_hashed_blocks = 0  # leading entries of block_table that the block manager has registered
         self.cache_salt = cache_salt  # cached blocks are shared only between requests of the same salt
+        # Whether it may begin with cached blocks: not if every prompt token has to be computed.
+        self.reads_cache = sampling_params.prompt_logprobs is None
         self.parent_uid: int | str = cache_salt  # identity of the last registered block, the salt for none
         self.row = -1  # the permanent device row while running
         self.num_device_blocks = 0  # leading entries of block_table that the device row holds
