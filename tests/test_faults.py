@@ -492,9 +492,6 @@ def test_broken_requests_among_many(qwen3, seed):
     with broken_token(llm):
         outputs = run(llm, prompts, greedy(15))
     right = []
-    for o, p, br in zip(outputs, prompts, is_broken):
-        if not br and p in healthy:
-            exp = qwen3.answers([p], 64)[0][0][:15]
     for prompt, broken, output in zip(prompts, is_broken, outputs):
         if broken:
             assert (output.outputs[0].finish_reason, output["token_ids"]) == ("error", [])
