@@ -134,7 +134,7 @@ class Soak:
         """Several at once, some of them left early."""
         llm, rng = self.llm, self.rng
         found: dict[int, list[list[int]]] = {}
-        open_streams = {}
+        open_streams: dict[int, Any] = {}
         for i in numbers:
             prompt, params = self.traffic.request(i)
             found[i] = [[] for _ in range(params.n)]
@@ -158,7 +158,8 @@ class Soak:
         found: dict[int, list[list[int]]] = {}
 
         def work(own: list[int]) -> None:
-            outputs = self.llm.generate(*map(list, zip(*map(self.traffic.request, own))), use_tqdm=False)
+            prompts, params = map(list, zip(*map(self.traffic.request, own)))
+            outputs = self.llm.generate(prompts, params, use_tqdm=False)
             found.update({i: [c.token_ids for c in o.outputs] for i, o in zip(own, outputs, strict=True)})
 
         threads = [threading.Thread(target=work, args=(numbers[k::3],)) for k in range(3)]
