@@ -17,6 +17,8 @@ from nanovllm.utils.validation import check_bool, check_float, check_int, strict
 logger = logging.getLogger("nanovllm")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MAX_INT32 = 2**31 - 1  # lengths and block ids are 32-bit integers on the device
+MAX_NUM_SEQS = 2**16  # each has a permanent row, taken at the start
 
 
 @strict_kwargs
@@ -67,15 +69,15 @@ class Config:
     eos_token_ids: frozenset[int] = field(init=False, repr=False)
 
     def __post_init__(self):
-        check_int("max_num_batched_tokens", self.max_num_batched_tokens, 1)
-        check_int("max_num_seqs", self.max_num_seqs, 1)
-        check_int("max_model_len", self.max_model_len, 2)
+        check_int("max_num_batched_tokens", self.max_num_batched_tokens, 1, MAX_INT32)
+        check_int("max_num_seqs", self.max_num_seqs, 1, MAX_NUM_SEQS)
+        check_int("max_model_len", self.max_model_len, 2, MAX_INT32)
         check_float("gpu_memory_utilization", self.gpu_memory_utilization, 0.01, 1.0)
         check_int("tensor_parallel_size", self.tensor_parallel_size, 1)
         check_bool("enforce_eager", self.enforce_eager)
-        check_int("kvcache_block_size", self.kvcache_block_size, 1)
+        check_int("kvcache_block_size", self.kvcache_block_size, 1, MAX_INT32)
         if self.num_kvcache_blocks != -1:
-            check_int("num_kvcache_blocks", self.num_kvcache_blocks, 1)
+            check_int("num_kvcache_blocks", self.num_kvcache_blocks, 1, MAX_INT32)
         check_int("seed", self.seed, -(2**63), 2**63 - 1)
         check_bool("deterministic", self.deterministic)
         check_float("worker_timeout_s", self.worker_timeout_s, 1.0, 86400.0)
@@ -213,4 +215,8 @@ def eos_token_ids(path: Path, hf_config: Any) -> frozenset[int]:
             raise ValueError(f"{file} is not a valid generation config: {error}") from None
     if eos is None:
         eos = getattr(hf_config, "eos_token_id", None)
-    return frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
+    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
+        raise ValueError(f"{path} has eos_token_id={eos!r}, which is no token id and no list of them")
+    # What is beyond the model's vocabulary (a tokenizer may have more ids) can end nothing.
+    return frozenset(token_id for token_id in ids if 0 <= token_id < getattr(hf_config, "vocab_size", 0))

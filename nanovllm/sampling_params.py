@@ -9,6 +9,7 @@ from typing import Any
 from nanovllm.utils.validation import check_bool, check_float, check_int, strict_kwargs
 
 MAX_LOGPROBS = 20  # vLLM's default cap
+MAX_FACTOR = 1e6  # of what logits are multiplied or divided by: far below where float32 overflows
 
 
 @strict_kwargs
@@ -66,13 +67,15 @@ class SamplingParams:
 
     Args:
         n: completions of the prompt, at least 1.
-        temperature: 0 takes the most likely token (greedy); above 0 divides the logits before the draw. Default 1.0.
+        temperature: 0 takes the most likely token (greedy); above 0, to 1e6, divides the logits before the draw.
+            Default 1.0.
         top_p: keep the fewest most likely tokens whose probabilities sum to this; in (0, 1].
         top_k: keep this many most likely tokens; 0 or -1 keeps all.
         min_p: drop tokens less likely than this share of the likeliest; from 0 to 1.
         presence_penalty: subtracted from the logit of each token generated already; from -2 to 2.
         frequency_penalty: the same, times how often; from -2 to 2.
-        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output; above 0.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output; from
+            1e-6 to 1e6.
         seed: makes the draws reproducible whatever else is in the batch; None (or -1) draws one from the engine's.
         stop: texts that end the completion, a string or a list.
         stop_token_ids: token ids that end it, beside the model's end-of-sequence ids.
@@ -125,15 +128,14 @@ class SamplingParams:
 
     def __post_init__(self):
         check_int("n", self.n, 1)
-        check_float("temperature", self.temperature, 0.0)
+        check_float("temperature", self.temperature, 0.0, MAX_FACTOR)
         if check_float("top_p", self.top_p, 0.0, 1.0) == 0.0:
             raise ValueError("top_p must be above 0 and at most 1, got 0.0; for greedy use temperature=0")
         check_int("top_k", self.top_k, -1)
         check_float("min_p", self.min_p, 0.0, 1.0)
         check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
         check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        if check_float("repetition_penalty", self.repetition_penalty, 0.0) == 0.0:
-            raise ValueError("repetition_penalty must be above 0 (1 is none), got 0.0")
+        check_float("repetition_penalty", self.repetition_penalty, 1 / MAX_FACTOR, MAX_FACTOR)  # 1 is none
         if self.seed is not None:
             check_int("seed", self.seed, -(2**63), 2**63 - 1)
         if self.max_tokens is not None:

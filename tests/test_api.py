@@ -420,12 +420,12 @@ def test_an_engine_that_was_closed_says_so(qwen3):
 INT, FLOAT, STR = "integer", "number", "string"
 BAD_FIELDS: list[tuple[str, Any, str]] = [
     *[("n", value, "at least 1") for value in (0, -1, 1.0, "2", None, True)],
-    *[("temperature", value, "at least 0") for value in (-0.1, math.nan, math.inf, "1", None)],
+    *[("temperature", value, "0.0 to 1000000.0") for value in (-0.1, 1e7, math.nan, math.inf, "1", None)],
     *[("top_p", value, "1") for value in (0, -0.5, 1.01, math.nan, "1", None)],
     *[("top_k", value, "-1") for value in (-2, 1.5, "5", None, True)],
     *[("min_p", value, "0.0 to 1.0") for value in (-0.1, 1.1, math.nan, "0", None)],
     *[(f"{name}_penalty", value, "-2.0 to 2.0") for name in ("presence", "frequency") for value in (-2.1, 2.1, "1")],
-    *[("repetition_penalty", value, "0") for value in (0, -1.0, math.inf, "1", None)],
+    *[("repetition_penalty", value, "1e-06 to") for value in (0, -1.0, 1e-7, 1e7, math.inf, "1", None)],
     *[("seed", value, str(2**63 - 1)) for value in (2**63, -(2**63) - 1, 1.0, "1")],
     *[("stop", value, "non-empty string|list") for value in ("", [""], ["a", ""], [1], 3, b"a", {"a": 1})],
     *[("stop_token_ids", value, "at least 0|list") for value in ([-1], [1.0], ["a"], 5, "5", [True])],

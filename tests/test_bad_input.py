@@ -349,6 +349,7 @@ def test_what_is_no_argument(qwen3, name):
             for value, error in (
                 (0, ValueError),
                 (-1, ValueError),
+                (2**31, ValueError),
                 (1.5, TypeError),
                 ("8", TypeError),
                 (None, TypeError),
@@ -358,6 +359,8 @@ def test_what_is_no_argument(qwen3, name):
         ("max_model_len", 1, ValueError),
         ("num_kvcache_blocks", 0, ValueError),
         ("num_kvcache_blocks", -2, ValueError),
+        ("num_kvcache_blocks", 2**31, ValueError),
+        ("num_kvcache_blocks", 10**9, ValueError),  # more than there is memory for
         ("num_kvcache_blocks", 2.0, TypeError),
         *[("gpu_memory_utilization", value, ValueError) for value in (0, -0.5, 1.01, math.nan, math.inf)],
         ("gpu_memory_utilization", "0.9", TypeError),

@@ -2,7 +2,8 @@
 
 Called by the scheduler. A full block whose token ids the host knows may be registered under the hash of its whole
 prefix; later prompts that begin alike share it. The hash only finds a candidate: a match is confirmed by comparing the
-tokens and the identity (`uid`) of the block before it, so colliding prompts can never share KV.
+tokens and the identity (`uid`) of the block before it, so colliding prompts can never share KV. What comes before the
+first block is the request's `cache_salt`, compared likewise: requests with different salts share nothing.
 """
 
 import secrets
@@ -15,7 +16,10 @@ from nanovllm.engine.sequence import Sequence
 
 
 class Block:
-    """One page of the cache. `uid` names its registered content once and for ever (0: not registered)."""
+    """One page of the cache. `uid` names its registered content once and for ever (0: not registered).
+
+    `parent_uid` is that of the block before it, or the salt of the request (a string) for the first one.
+    """
 
     __slots__ = ("block_id", "hash", "parent_uid", "ref_count", "token_ids", "uid")
 
@@ -24,7 +28,7 @@ class Block:
         self.ref_count = 0
         self.hash = 0
         self.uid = 0
-        self.parent_uid = 0
+        self.parent_uid: int | str = 0
         self.token_ids: list[int] = []
 
 
@@ -70,6 +74,10 @@ class BlockManager:
         digest.update(array("i", token_ids).tobytes())
         return digest.intdigest()
 
+    def _salt_hash(self, salt: str) -> int:
+        """What stands for the block before the first one: without it salts would fight for the same entries."""
+        return xxhash.xxh3_64_intdigest(salt.encode("utf-8", "surrogatepass"), seed=self._hash_seed) if salt else 0
+
     def can_allocate(self, seq: Sequence) -> int:
         """How many free blocks admitting `seq` takes, or -1 if there are too few."""
         hits = self._cached_prefix(seq)
@@ -84,7 +92,7 @@ class BlockManager:
             self._take(block)
             seq.block_table.append(block.block_id)
         seq.num_hashed_blocks = len(hits)
-        seq.parent_uid = hits[-1].uid if hits else 0
+        seq.parent_uid = hits[-1].uid if hits else seq.cache_salt
         seq.num_cached_tokens = seq.num_prefix_cached_tokens = len(hits) * self.block_size
         self.may_append(seq)
 
@@ -127,19 +135,20 @@ class BlockManager:
                 if block.uid == 0:  # nothing worth keeping
                     self._free.move_to_end(block_id, last=False)
         seq.block_table, seq.num_slots = [], 0
-        seq.num_hashed_blocks = seq.parent_uid = 0
+        seq.num_hashed_blocks, seq.parent_uid = 0, seq.cache_salt
 
     def _block_hash(self, seq: Sequence, i: int) -> int:
         hashes = seq.block_hashes
         while len(hashes) <= i:
-            hashes.append(self.compute_hash(seq.block(len(hashes)), hashes[-1] if hashes else 0))
+            before = hashes[-1] if hashes else self._salt_hash(seq.cache_salt)
+            hashes.append(self.compute_hash(seq.block(len(hashes)), before))
         return hashes[i]
 
     def _cached_prefix(self, seq: Sequence) -> list[Block]:
         """The registered blocks that `seq` begins with; its last token is always left to compute."""
         hits: list[Block] = []
-        parent_uid = 0
-        if seq.sampling_params.prompt_logprobs is not None:  # every prompt token has to be computed
+        parent_uid: int | str = seq.cache_salt
+        if not seq.reads_cache:
             return hits
         for i in range((seq.num_tokens - 1) // self.block_size):
             block = self._lookup(self._block_hash(seq, i), parent_uid, seq.block(i))
@@ -149,7 +158,7 @@ class BlockManager:
             parent_uid = block.uid
         return hits
 
-    def _lookup(self, key: int, parent_uid: int, token_ids: list[int]) -> Block | None:
+    def _lookup(self, key: int, parent_uid: int | str, token_ids: list[int]) -> Block | None:
         block_id = self._hash_to_block_id.get(key)
         if block_id is None:
             return None

@@ -8,21 +8,23 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.input_processor import InputProcessor, Prompt
+from nanovllm.engine.faults import diagnosed, release_memory
+from nanovllm.engine.input_processor import InputProcessor, Prompt, load_tokenizer
 from nanovllm.engine.model_runner import ModelRunner, PendingTokens
 from nanovllm.engine.request import Call, Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import EngineDeadError
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.loader import check_files
 from nanovllm.utils.validation import check_int
 
 logger = logging.getLogger("nanovllm")
@@ -37,18 +39,25 @@ class EngineCore:
     def __init__(self, model: str, **kwargs: Any):
         start = perf_counter()
         self.config = config = Config(model, **kwargs)
-        self.tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
+        self.tokenizer = load_tokenizer(config.model)
+        # What can be wrong with the checkpoint's files is found before they take memory.
+        self.input_processor = InputProcessor(config, self.tokenizer)
+        check_files(Path(config.model))
         # The current GPU is a setting of each thread, and a thread may use several engines. -1 stands for none.
         self._cuda_index = config.device.index if config.device.type == "cuda" else -1
-        with torch.cuda.device(self._cuda_index):
-            self.model_runner = ModelRunner(config)
+        try:
+            with torch.cuda.device(self._cuda_index), diagnosed(config):
+                self.model_runner = ModelRunner(config)
+        except BaseException as error:
+            release_memory(error, config.device)
+            raise
         self._finalizer = weakref.finalize(self, ModelRunner.exit, self.model_runner)
         num_blocks, block_size = self.model_runner.num_kvcache_blocks, config.kvcache_block_size
         self.block_manager = BlockManager(num_blocks, block_size)
         self.scheduler = Scheduler(
             config.max_num_seqs, config.max_num_batched_tokens, self.block_manager, config.eos_token_ids
         )
-        self.input_processor = InputProcessor(config, self.tokenizer, num_blocks)
+        self.input_processor.num_blocks = num_blocks
         # How many steps may be launched beyond the one whose tokens are being read. A CPU step is over when launched.
         self.depth = 1 if config.device.type == "cuda" else 0
         self._in_flight: deque[tuple[list[Sequence], list[Sequence | None], PendingTokens, bool]] = deque()
@@ -103,16 +112,16 @@ class EngineCore:
         """
         self._aborts.append(check_int("request_id", request_id, 0))
         # A user's callable may ask in the middle of a step, and so may the garbage collector, when it finds a stream
-        # that was left: then the step does it at its end. After `close` there is nothing left to end.
-        if self._finalizer.alive and self._busy_thread != threading.get_ident():
+        # that was left: then the step does it at its end. In an engine closed or dead there is nothing left to end.
+        if self._finalizer.alive and self._death is None and self._busy_thread != threading.get_ident():
             with self._exclusive():
                 self._abort_all()
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         """Alone with the state of the requests, which is put in order first if the last one here was interrupted."""
-        self._check_open()
         with self._lock, torch.cuda.device(self._cuda_index):
+            self._check_open()
             try:
                 self._busy_thread = threading.get_ident()
                 if self._interrupted:
@@ -131,7 +140,8 @@ class EngineCore:
         seqs, is_prefill = self.scheduler.schedule()
         num_tokens = 0
         if seqs:
-            step = self.model_runner.call("run", seqs, is_prefill)
+            with diagnosed(self.config, seqs):
+                step = self.model_runner.call("run", seqs, is_prefill)
             num_tokens = sum([seq.num_scheduled_tokens for seq in seqs])
             self._in_flight.append((seqs, self.scheduler.advance(seqs), step, is_prefill))
         # Draws that depend on the tokens before them leave nothing in flight.
@@ -160,7 +170,8 @@ class EngineCore:
         self, seqs: list[Sequence], sampling: list[Sequence | None], step: PendingTokens, is_prefill: bool
     ) -> None:
         """Take in the tokens of a launched step; `sampling`: what `advance` said of its rows."""
-        token_ids = step.wait()
+        with diagnosed(self.config, seqs):
+            token_ids = step.wait()
         if is_prefill:
             for seq in sampling:
                 if seq is not None and seq.request.metrics.first_token_time is None:
@@ -220,7 +231,9 @@ class EngineCore:
     def _recover(self) -> None:
         """After an interruption anywhere: let the device finish, then start the surviving requests over."""
         while self._in_flight:
-            self._in_flight.popleft()[2].wait()
+            seqs, _, step, _ = self._in_flight.popleft()
+            with diagnosed(self.config, seqs):
+                step.wait()
         survivors = []
         for request in list(self._requests.values()):
             for seq in request.seqs:
@@ -231,7 +244,6 @@ class EngineCore:
                 else:
                     if seq.detokenizer is not None:
                         seq.detokenizer.reset()
-                    del seq.logprobs[len(seq.token_ids) - seq.num_prompt_tokens :]
                     survivors.append(seq)
         self.scheduler.reset(survivors)
         self._interrupted = False

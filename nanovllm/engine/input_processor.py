@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
+from transformers import AutoTokenizer
 
 from nanovllm.config import Config
 from nanovllm.engine.request import Request
@@ -31,10 +32,10 @@ Prompt = str | list[int] | TextPrompt | TokensPrompt | dict[str, Any]
 
 
 class InputProcessor:
-    def __init__(self, config: Config, tokenizer: Any, num_blocks: int):
+    def __init__(self, config: Config, tokenizer: Any):
         self.config = config
         self.tokenizer = tokenizer
-        self.num_blocks = num_blocks
+        self.num_blocks = 0  # of the cache, once its size is known
         self.default_params = default_sampling_params(Path(config.model))
         self._random = random.Random(str(config.seed))  # an int would lose its sign
         self._grammars: GrammarCompiler | None = None
@@ -71,6 +72,7 @@ class InputProcessor:
             raise TypeError(f"sampling_params must be SamplingParams, got {params!r} of type {type(params).__name__}")
         params = dataclasses.replace(params)  # users may assign to theirs: checked again, and ours from here on
         text, token_ids = self._tokenize(prompt, name)
+        cache_salt = self._cache_salt(prompt, name)
         num_tokens = self._max_num_tokens(token_ids, params, name)
         self._check_params(params)
         request = Request(text, token_ids, params, self.tokenizer)
@@ -79,7 +81,13 @@ class InputProcessor:
         grammar = self._grammar(params)
         for index in range(params.n):
             seq = Sequence(
-                token_ids, params, num_tokens, self.config.kvcache_block_size, seed=fold_seed(seed, index), index=index
+                token_ids,
+                params,
+                num_tokens,
+                self.config.kvcache_block_size,
+                seed=fold_seed(seed, index),
+                index=index,
+                cache_salt=cache_salt,
             )
             seq.request = request
             seq.grammar = grammar and grammar.copy()
@@ -111,8 +119,11 @@ class InputProcessor:
     def _tokenize(self, prompt: Any, name: str) -> tuple[str | None, list[int]]:
         if isinstance(prompt, dict):
             keys = [key for key in ("prompt", "prompt_token_ids") if prompt.get(key) is not None]
-            if not keys or set(prompt) - {"prompt", "prompt_token_ids"}:
-                raise ValueError(f"{name} as a dict has the key 'prompt' or 'prompt_token_ids', got {sorted(prompt)}")
+            if not keys or set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}:
+                raise ValueError(
+                    f"{name} as a dict has the key 'prompt' or 'prompt_token_ids', got {sorted(prompt)}; "
+                    "'cache_salt' may come with it"
+                )
             if keys == ["prompt", "prompt_token_ids"]:
                 return prompt["prompt"], self._check_ids(prompt["prompt_token_ids"], name)
             prompt = prompt[keys[0]]
@@ -121,6 +132,17 @@ class InputProcessor:
                 raise ValueError(f"{name} is empty: a prompt needs at least one token")
             return prompt, self._check_ids(self.tokenizer.encode(prompt), name)
         return None, self._check_ids(prompt, name)
+
+    def _cache_salt(self, prompt: Any, name: str) -> str:
+        """The salt that a prompt names; "" for none."""
+        salt = prompt.get("cache_salt") if isinstance(prompt, dict) else None
+        if salt is None:
+            return ""
+        if not isinstance(salt, str):
+            raise TypeError(f"{name} has a cache_salt that is no string: {salt!r} of type {type(salt).__name__}")
+        if not salt:
+            raise ValueError(f"{name} has an empty cache_salt: leave it out to share cached prefixes with everybody")
+        return salt
 
     def _check_ids(self, token_ids: Any, name: str) -> list[int]:
         if not isinstance(token_ids, (list, tuple)):
@@ -177,7 +199,8 @@ class InputProcessor:
             bare = self.tokenizer.encode(word.lstrip(), add_special_tokens=False)
             spaced = self.tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
             found += [bare] if spaced == bare else [bare, spaced]
-        return [ids for ids in found if ids]
+        # A tokenizer may have more ids than the model, which cannot draw those.
+        return [ids for ids in found if ids and max(ids) < self.config.hf_config.vocab_size]
 
     def _grammar(self, params: SamplingParams) -> Any:
         if params.structured_outputs is None:
@@ -186,6 +209,17 @@ class InputProcessor:
             config = self.config
             self._grammars = GrammarCompiler(self.tokenizer, config.hf_config.vocab_size, config.eos_token_ids)
         return self._grammars.compile(params.structured_outputs)
+
+
+def load_tokenizer(path: str) -> Any:
+    """Raises ValueError if there is none, or it cannot be read."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # of many kinds, few of which name the file
+        raise ValueError(f"the tokenizer of {path} cannot be loaded: {error}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up where there are no files
+        raise ValueError(f"{path} has no tokenizer: tokenizer.json, or what that model has instead, is missing")
+    return tokenizer
 
 
 def fold_seed(seed: int, index: int) -> int:
@@ -216,4 +250,4 @@ def default_sampling_params(path: Path) -> SamplingParams:
     try:
         return SamplingParams(**values)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{file}: {error}") from None
+        raise ValueError(f"{file} recommends what cannot be: {error}") from None

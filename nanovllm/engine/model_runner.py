@@ -3,6 +3,7 @@
 `run` launches a step and returns at once on a GPU: what it returns is waited for when the tokens are needed.
 """
 
+import contextlib
 import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -311,6 +312,7 @@ class ModelRunner:
         if config.num_kvcache_blocks != -1:
             if self.device.type == "cuda":
                 self.warmup_model()
+            self._check_cache_fits(config.num_kvcache_blocks)
             return config.num_kvcache_blocks
         if self.device.type == "cuda":
             reserve_bytes = self.warmup_model()
@@ -327,6 +329,17 @@ class ModelRunner:
                 f"{config.gpu_memory_utilization}, or lower max_num_batched_tokens, now {config.max_num_batched_tokens}"
             )
         return num_blocks
+
+    def _check_cache_fits(self, num_blocks: int) -> None:
+        """Of a number that the user gave: taken block by block on a CPU, memory would run out in the middle of work."""
+        is_cuda = self.device.type == "cuda"
+        free = torch.cuda.mem_get_info(self.device)[0] if is_cuda else free_ram_bytes()
+        if num_blocks * self.block_bytes > free:
+            raise ValueError(
+                f"num_kvcache_blocks={num_blocks} blocks of {self.block_size} tokens take "
+                f"{num_blocks * self.block_bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} are free: lower it, or leave "
+                "it at -1 to have as many as fit"
+            )
 
     def warmup_model(self) -> int:
         """Run the largest batch and capture the largest graph against a cache of one block, then let both go.
@@ -362,12 +375,13 @@ class ModelRunner:
         if self.workers is not None:
             # Before the rest: to free memory is to wait for kernels, and these may be waiting for a lost rank.
             self.workers.stop()
-        for name in ("model", "kv_cache", "state", "sampler", "backend"):
+        for name in ("model", "kv_cache", "state", "sampler", "backend", "last_decode"):
             self.__dict__.pop(name, None)
         gc.collect()
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # of a device that is lost
+                torch.cuda.synchronize(self.device)
+                torch.cuda.empty_cache()
 
 
 def build_model(model_class: type, config: Config, tp: TensorParallel) -> Any:

@@ -35,8 +35,10 @@ class Scheduler:
         self.running: deque[Sequence] = deque()
         self._free_rows = list(range(self.max_num_seqs))[::-1]
         self._admission_blocked = False  # the head of the queue did not fit, and nothing has been freed since
+        # Running sequences whose KV is not to be trusted; they start over when the tokens in flight for them have come.
+        self._tainted: set[Sequence] = set()
         for seq in sorted(survivors, key=lambda seq: seq.seq_id):
-            seq.block_table, seq.num_slots, seq.num_hashed_blocks, seq.parent_uid = [], 0, 0, 0
+            seq.block_table, seq.num_slots, seq.num_hashed_blocks, seq.parent_uid = [], 0, 0, seq.cache_salt
             seq.rewind()
             self.waiting.append(seq)
 
@@ -54,7 +56,7 @@ class Scheduler:
         Returns the sequences, decoding ones first, and whether any row computes more than its newest sampled token.
         Nothing is chosen when nothing can run before the step in flight has been read.
         """
-        if not self._grow():
+        if self._tainted or not self._grow():
             return [], False
         budget = self.max_num_batched_tokens
         # A sequence that the step in flight will end by length is not scheduled again.
@@ -91,13 +93,12 @@ class Scheduler:
 
     def postprocess(self, seqs: list[Sequence | None], token_ids: list[int]) -> list[Sequence]:
         """Take in the tokens of a step that `advance` counted; returns the sequences that they finished."""
-        finished = []
+        finished = self._end_broken(seqs, token_ids) if min(token_ids, default=0) < 0 else []
         for seq, token_id in zip(seqs, token_ids, strict=True):
             if seq is None or seq.status is FINISHED:  # a chunk, or a row launched before its sequence's end was known
                 continue
-            if token_id < 0:  # the row's logits had no finite maximum
-                self.finish(seq, "error")
-                finished.append(seq)
+            if seq in self._tainted:
+                seq.num_tokens -= 1  # its token might as well not have been drawn
                 continue
             seq.token_ids.append(token_id)
             if token_id in seq.stop_ids:
@@ -107,7 +108,36 @@ class Scheduler:
             elif len(seq.token_ids) >= seq.max_num_tokens:
                 self.finish(seq, "length")
                 finished.append(seq)
+        if self._tainted:
+            for seq in list(self.running)[::-1]:  # the latest comer first: so they come back in their order
+                if seq in self._tainted and not seq.has_unread_tokens:
+                    self._tainted.remove(seq)
+                    self.preempt(seq)
         return finished
+
+    def _end_broken(self, seqs: list[Sequence | None], token_ids: list[int]) -> list[Sequence]:
+        """End the sequences whose logits had no finite maximum, or start them over if others may be to blame.
+
+        A NaN in a block reaches everyone who reads it, also from a token that comes later: masked, it is 0 · NaN. So
+        who has read blocks of others gets a second chance without them, and who shares blocks with any of these starts
+        over as well. Nobody finds the blocks any more.
+        """
+        broken = [
+            seq
+            for seq, token_id in zip(seqs, token_ids, strict=True)
+            if token_id < 0 and seq is not None and seq.status is not FINISHED and seq not in self._tainted
+        ]
+        suspects = {block_id for seq in broken for block_id in seq.block_table}
+        ended = []
+        for seq in broken:
+            if seq.num_prefix_cached_tokens == 0:
+                self.finish(seq, "error")
+                ended.append(seq)
+            else:
+                self.block_manager.forget(seq)
+                seq.reads_cache = False
+        self._tainted |= {seq for seq in self.running if not suspects.isdisjoint(seq.block_table)}
+        return ended
 
     def finish(self, seq: Sequence, reason: str) -> None:
         """Release what `seq` holds and take it off its queue."""

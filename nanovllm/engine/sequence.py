@@ -31,6 +31,7 @@ class Sequence:
         block_size: int,
         seed: int = 0,
         index: int = 0,
+        cache_salt: str = "",
     ):
         self.seq_id = next(Sequence._ids)
         self.status = SequenceStatus.WAITING
@@ -56,7 +57,10 @@ class Sequence:
         self.stop_ids: frozenset[int] = frozenset()  # ids that end the completion
         self.block_hashes: list[int] = []  # of the full blocks hashed so far; they survive preemption
         self.num_hashed_blocks = 0  # leading entries of block_table that the block manager has registered
-        self.parent_uid = 0  # identity of the last registered block, 0 for none
+        self.cache_salt = cache_salt  # cached blocks are shared only between requests of the same salt
+        # Whether it may begin with cached blocks: not if every prompt token has to be computed.
+        self.reads_cache = sampling_params.prompt_logprobs is None
+        self.parent_uid: int | str = cache_salt  # identity of the last registered block, the salt for none
         self.row = -1  # the permanent device row while running
         self.num_device_blocks = 0  # leading entries of block_table that the device row holds
         self.is_decoding = False  # the next step computes exactly the newest sampled token, which the row holds
@@ -146,3 +150,4 @@ class Sequence:
         self.row = -1
         self.num_device_blocks = 0
         self.is_decoding = False
+        del self.logprobs[len(self.token_ids) - self.num_prompt_tokens :]  # of tokens that were drawn and not kept

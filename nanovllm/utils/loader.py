@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,30 @@ def shards_of(name: str, packed_modules_mapping: dict[str, tuple[str, str | int]
 
 def iterate_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, memory-mapped CPU tensor) of a checkpoint in one file or sharded behind an index."""
+    for file in checkpoint_files(path):
+        with open_checked(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                yield name, tensors.get_tensor(name)
+
+
+def check_files(path: Path) -> None:
+    """Raises what `load_model` would for files that are missing, corrupt or truncated, from their headers alone."""
+    for file in checkpoint_files(path):
+        with open_checked(file):
+            pass
+
+
+@contextmanager
+def open_checked(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"{file} is corrupt or truncated ({error}): download it again") from None
+
+
+def checkpoint_files(path: Path) -> list[Path]:
+    """Those that the index names, or all there are."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -69,15 +94,8 @@ def iterate_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise FileNotFoundError(f"{index} names shards that are not there: {shorten(missing)}")
-    else:
-        files = sorted(path.glob("*.safetensors"))
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a dict
-                    yield name, tensors.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is corrupt or truncated ({error}): download it again") from None
+        return files
+    return sorted(path.glob("*.safetensors"))
 
 
 def check_dim(tensor: torch.Tensor, dim: int, size: int) -> None:
