@@ -7,9 +7,11 @@ shared with the wrong text shows at once. `Simulation` is the engine's loop arou
 """
 
 import random
-from collections import Counter, defaultdict, deque
-from collections.abc import Iterable
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from functools import cache
+from typing import Any
 
 from nanovllm import SamplingParams
 from nanovllm.engine.block_manager import BlockManager
@@ -56,6 +58,7 @@ class Request:
         params, first = seq.sampling_params, seq.num_prompt_tokens
         ending = (frozenset() if params.ignore_eos else EOS) | frozenset(params.stop_token_ids or ())
         self.answer, self.reason = tokens[first:], "length"
+        self.outcome: tuple[list[int], str | None] = [], None
         for i in range(first, len(tokens)):
             if tokens[i] in ending or (i + 1 < len(tokens) and self.is_stop(tokens[first : i + 1])):
                 self.answer, self.reason = tokens[first : i + 1], "stop"
@@ -150,6 +153,8 @@ class Simulation:
         # Whose newest token is the last thing that their row computed, since they were last preempted.
         self.sampled: set[tuple[int, int]] = set()
         self.counts: Counter[str] = Counter()  # of what happened, for tests that are about it
+        self.num_lines_left = 0  # of the scheduler's, until an interruption strikes; 0 for none, -1 to note `lines`
+        self.lines: list[tuple[str, int]] = []  # function and line, one after another
         self.num_steps_left = 0  # by then everything has ended, if nothing starves
 
     # ---- what users do ----
@@ -196,17 +201,19 @@ class Simulation:
         self.drain()
         self.block_manager.reset_prefix_cache()
 
-    def interrupt(self, dropped: Iterable[Request] = (), launched: bool = True) -> None:
-        """As `EngineCore._recover` does it; `launched=False`: it strikes between schedule and launch."""
-        if not launched:
-            self.scheduler.schedule()
+    def interrupt(self, dropped: Iterable[Request] = ()) -> None:
+        """As `EngineCore._recover` does it, between two steps or wherever one was left."""
         for request in dropped:
-            del self.requests[request.seq.seq_id]
+            self.requests.pop(request.seq.seq_id, None)
         self.in_flight.clear()  # waited for, but not taken in: those tokens are drawn again
         for request in list(self.requests.values()):
             seq = request.seq
-            if not seq.is_finished and len(seq.token_ids) > seq.num_prompt_tokens and (end := seq.end_reason()):
-                seq.finish(end)
+            completion = seq.token_ids[seq.num_prompt_tokens :]
+            if not seq.is_finished and completion:
+                if end := seq.end_reason():
+                    seq.finish(end)
+                elif request.is_stop(completion):
+                    seq.finish("stop")
             if seq.is_finished:
                 self.check_finished(seq, has_blocks=True)
         self.scheduler.reset(request.seq for request in self.requests.values())
@@ -216,21 +223,55 @@ class Simulation:
         assert self.block_manager.num_free_blocks == self.block_manager.num_blocks
         self.check_state()
 
+    def step_interrupted(self, num_lines: int, dropped: Iterable[Request] = ()) -> None:
+        """A step that Ctrl-C strikes at that line of the scheduler's code, if it has so many."""
+        self.num_lines_left = num_lines
+        try:
+            self.step()
+        except KeyboardInterrupt:
+            self.counts["interruptions"] += 1
+            self.interrupt(dropped)
+        self.num_lines_left = 0
+
+    def call(self, method: Callable, *args: Any) -> Any:
+        """Every call of a method of the scheduler within a step: where an interruption may strike."""
+        if not self.num_lines_left:
+            return method(*args)
+
+        def on_line(frame: Any, event: str, arg: Any) -> Any:
+            if event == "line":
+                self.lines.append((frame.f_code.co_name, frame.f_lineno))
+                self.num_lines_left -= 1
+                if self.num_lines_left == 0:
+                    raise KeyboardInterrupt
+            return on_line
+
+        def on_call(frame: Any, event: str, arg: Any) -> Any:  # and not what the garbage collector or others call
+            return on_line if frame.f_globals["__name__"].startswith("nanovllm.engine") else None
+
+        before = sys.gettrace()
+        sys.settrace(on_call)
+        try:
+            return method(*args)
+        finally:
+            sys.settrace(before)
+
     # ---- what the engine does ----
 
     def step(self) -> tuple[list[tuple[int, int]], bool]:
         """One step of the engine; returns the (request, tokens) scheduled, and whether it was a prefill."""
+        self.num_steps_left -= bool(self.requests)
         if self.completion_ratio is not None:
             self.scheduler.completion_ratio = self.completion_ratio
         running_before = list(self.scheduler.running)
-        seqs, is_prefill = self.scheduler.schedule()
+        seqs, is_prefill = self.call(self.scheduler.schedule)
         seqs = list(seqs)
         self.check_schedule(seqs, is_prefill, running_before)
         scheduled = [(seq.seq_id, seq.num_scheduled_tokens) for seq in seqs]
         if seqs:
             token_ids = self.device.run(seqs, is_prefill, self.requests)
             before = [(seq.num_cached_tokens, seq.num_scheduled_tokens, seq.num_tokens) for seq in seqs]
-            sampling = self.scheduler.advance(seqs)
+            sampling = self.call(self.scheduler.advance, seqs)
             for seq, (num_cached, num_scheduled, num_tokens), row in zip(seqs, before, sampling, strict=True):
                 assert seq.num_cached_tokens == num_cached + num_scheduled
                 # A row samples exactly if it computed the newest token there was.
@@ -244,7 +285,6 @@ class Simulation:
         self.counts["steps"] += 1
         self.counts["ahead"] += len(self.in_flight) > 1
         self.drain(self.depth if seqs else 0)
-        self.num_steps_left -= 1
         self.check_state()
         return scheduled, is_prefill
 
@@ -256,17 +296,27 @@ class Simulation:
         rows, token_ids = self.in_flight.popleft()
         self.counts["wasted_rows"] += sum(seq is not None and seq.is_finished for seq in rows)
         live = [seq for seq in rows if seq is not None and not seq.is_finished]
+        running = list(self.scheduler.running)
         for seq, token_id in zip(rows, token_ids, strict=True):
             if seq is not None and token_id < 0 and not seq.is_finished:
                 self.device.condemn(seq, self.scheduler.running)
-        finished = self.scheduler.postprocess(rows, token_ids)
+        finished = self.call(self.scheduler.postprocess, rows, token_ids)
         for seq in live:
             if not seq.is_finished and self.requests[seq.seq_id].is_stop(seq.token_ids[seq.num_prompt_tokens :]):
-                self.scheduler.finish(seq, "stop")
+                self.call(self.scheduler.finish, seq, "stop")
                 self.counts["stop_string"] += 1
                 finished.append(seq)
         for seq in finished:
             self.check_finished(seq)
+        # Who shared blocks with what came out as NaN may be sent back to compute them anew, and returns first.
+        restarted = [seq for seq in running if seq.status is SequenceStatus.WAITING]
+        if restarted:
+            assert {(seq.seq_id, seq.num_preemptions - 1) for seq in restarted} <= self.device.excused
+            self.counts["restarts"] += len(restarted)
+            self.num_steps_left += 2 * sum(seq.max_num_tokens for seq in restarted)
+            order = [seq for seq in running if seq not in restarted] + restarted
+            first = {seq.seq_id: self.requests[seq.seq_id] for seq in order if seq.seq_id in self.requests}
+            self.requests = first | self.requests
 
     def run(self) -> None:
         """To the end, which comes in bounded time: in every step but those that only read, the oldest advances."""
@@ -275,6 +325,9 @@ class Simulation:
             self.step()
         self.drain()
         assert self.scheduler.is_finished()
+        for request in self.finished:  # and nothing came after the end
+            assert request.outcome == (request.seq.token_ids, request.seq.finish_reason)
+            assert request.seq.is_finished
         assert self.block_manager.num_free_blocks == self.block_manager.num_blocks
         self.check_cache()
 
@@ -291,6 +344,7 @@ class Simulation:
         assert seq.num_tokens == len(seq.token_ids)
         assert seq.status is SequenceStatus.FINISHED
         assert has_blocks or seq.block_table == []
+        request.outcome = list(seq.token_ids), reason
         self.counts[str(reason)] += 1
         self.finished.append(request)
 
@@ -349,9 +403,7 @@ class Simulation:
         assert all([seq.status is SequenceStatus.RUNNING for seq in running])
         assert all([seq.status is SequenceStatus.WAITING and not seq.block_table for seq in waiting])
         # First come, first served; who was preempted comes before whoever has not run yet.
-        ids = [seq.seq_id for seq in running + waiting]
-        assert ids == sorted(ids)
-        assert ids == list(self.requests)
+        assert [seq.seq_id for seq in running + waiting] == list(self.requests)
         self.check_slots()
         if self.counts["steps"] % 16 == 0:
             self.check_cache()
@@ -367,7 +419,7 @@ class Simulation:
     def check_cache(self) -> None:
         """Every block that a prompt could find holds what its tokens, and those before them, would put there."""
         manager, kv = self.block_manager, self.device.kv
-        found = {0: 0}  # uid of a findable block: the hash of the text up to its end
+        found: dict[Any, int] = {0: 0, "": 0}  # uid of a findable block: the hash of the text up to its end
         todo = [manager.blocks[block_id] for block_id in manager._hash_to_block_id.values()]
         assert len(todo) <= manager.num_blocks
         while reached := [block for block in todo if block.parent_uid in found]:
@@ -385,15 +437,14 @@ class Simulation:
 
 def check_blocks(manager: BlockManager, seqs: Iterable[Sequence]) -> None:
     """The invariants of the pool, given every sequence that may hold blocks."""
-    held: dict[int, int] = defaultdict(int)
+    held: Counter[int] = Counter()
     for seq in seqs:
-        assert len(seq.block_table) == len(set(seq.block_table))
-        for block_id in seq.block_table:
-            held[block_id] += 1
+        if seq.block_table:
+            held.update(seq.block_table)
+            assert len(seq.block_table) == len(set(seq.block_table))
     assert manager.num_free_blocks + len(held) == manager.num_blocks
     assert not held.keys() & manager._free.keys()
-    for block in manager.blocks:
-        assert block.ref_count == held.get(block.block_id, 0), f"block {block.block_id}"
+    assert [block.ref_count for block in manager.blocks] == [held[i] for i in range(manager.num_blocks)]
 
 
 def text(length: int, seed: int = 0) -> list[int]:
@@ -414,8 +465,8 @@ def random_run(seed: int) -> Simulation:
     sim = Simulation(
         num_blocks,
         block_size,
-        max_num_seqs=rng.choice([1, 6, 8, 12, 16]),
-        budget=rng.choice([1, 6, 16, 32, 100]),
+        max_num_seqs=rng.choice([1, 4, 6, 8, 8, 12, 16]),
+        budget=rng.choice([1, 6, 16, 16, 32, 100]),
         depth=rng.randrange(2),
         num_hashes=rng.choice([None, None, None, 1, 5]),
     )
@@ -444,12 +495,12 @@ def random_run(seed: int) -> Simulation:
             )
         elif action < 0.33 and groups:
             sim.abort(rng.choice(groups[-8:]))
-        elif action < 0.335:
-            dropped = [request for request in sim.requests.values() if rng.random() < 0.3]
-            sim.interrupt(dropped, launched=rng.random() < 0.5)
         elif action < 0.345:
+            dropped = [request for request in sim.requests.values() if rng.random() < 0.3]
+            sim.step_interrupted(rng.randrange(1, 300), dropped)
+        elif action < 0.355:
             sim.reset_prefix_cache()
-        elif action < 0.365:
+        elif action < 0.375:
             sim.depth = rng.randrange(2)
         else:
             sim.step()
