@@ -292,6 +292,37 @@ def test_a_preempted_sequence_finds_its_own_blocks(depth):
     )
 
 
+def test_first_come_first_served():
+    """A request that would fit does not overtake one that does not fit yet, and a preempted one neither."""
+    sim = Simulation(8, 4)
+    first = sim.add(text(20, 1), 8)  # 5 blocks now, 7 in the end
+    sim.step()
+    large, small = sim.add(text(16, 2), 4), sim.add(text(3, 3), 1)  # 5 blocks, and 1
+    sim.step()
+    assert sim.block_manager.can_allocate(small.seq) == 1
+    assert list(sim.scheduler.waiting) == [large.seq, small.seq]
+    sim.run()
+    assert sim.finished == [first, small, large]  # the small one, admitted together with the large one, is shorter
+    sim = overbooked(0, seed=4)
+    while not sim.scheduler.num_preemptions:
+        sim.step()
+    victim = sim.scheduler.waiting[0]
+    late = sim.add(text(1, 5), 1)
+    while victim.status is SequenceStatus.WAITING:
+        assert late.seq.status is SequenceStatus.WAITING
+        sim.step()
+    assert victim.num_preemptions == 1
+    sim.run()
+
+
+def test_what_can_never_fit_is_not_queued():
+    """Users are told by the input processor, long before."""
+    sim = Simulation(2, 4)
+    sim.add(text(5), 4)
+    with pytest.raises(AssertionError, match="could never run"):
+        sim.scheduler.add(Sequence(text(5), SamplingParams(), 10, 4))
+
+
 def test_preemption_waits_until_nothing_is_unread():
     """One step ahead, a sequence whose newest token is unread cannot be recomputed: that step launches nothing."""
     sim = overbooked(1, seed=3)

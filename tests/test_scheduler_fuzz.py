@@ -5,6 +5,7 @@ What is checked, at every step, is in simulator.py.
 
 from collections import Counter
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 from hypothesis import settings
@@ -85,9 +86,9 @@ def test_an_interruption_at_any_line():
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """The same simulation; Hypothesis chooses what happens next and, if something fails, finds the shortest way there."""
+    """The same simulation; Hypothesis chooses what happens next and, if something fails, finds the shortest way."""
 
-    totals: Counter[str] = Counter()
+    totals: ClassVar[Counter[str]] = Counter()
 
     def __init__(self):
         super().__init__()
