@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import random
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any
 
 import torch
 import transformers
+from simulator import check_blocks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import input_processor
-from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence
 
 VOCAB_SIZE = 293  # a prime; more than the tokenizer's 257
@@ -351,18 +350,6 @@ class Watch:
     @property
     def num_prefix_cached_tokens(self) -> int:
         return sum(sum(step.prefix_cached.values()) for step in self.steps)
-
-
-def check_blocks(manager: BlockManager, seqs: Iterable[Sequence]) -> None:
-    """The invariants of the pool, given every sequence that may hold blocks."""
-    held: dict[int, int] = defaultdict(int)
-    for seq in seqs:
-        assert len(seq.block_table) == len(set(seq.block_table))
-        for block_id in seq.block_table:
-            held[block_id] += 1
-    assert manager.num_free_blocks + len(held) == manager.num_blocks
-    for block in manager.blocks:
-        assert block.ref_count == held.get(block.block_id, 0), f"block {block.block_id}"
 
 
 def assert_idle(llm: LLM) -> None:

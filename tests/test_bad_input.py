@@ -34,6 +34,7 @@ from tokenizers.processors import TemplateProcessing
 import nanovllm
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import model_runner
+from nanovllm.sampling_params import StructuredOutputsParams
 
 ENGINE = str(Path(nanovllm.__file__).parent / "engine")
 
@@ -710,6 +711,49 @@ def test_ctrl_c_at_each_line_that_takes_in_tokens(qwen3):
                 problems[interrupt.where] = found
                 scenario = Scenario(qwen3, depth=1)
     assert not problems, "\n".join(f"{where}: {what}" for where, what in sorted(problems.items()))
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("how", ["stop", "choice", "stop at the length"])
+def test_ctrl_c_when_a_text_of_others_has_just_ended(qwen3, how, depth):
+    """After its last token was taken in and before anybody looked at its text: it gets no token more."""
+    llm = qwen3.llm()
+    llm.depth = depth
+    if how == "choice":
+        structured = StructuredOutputsParams(choice=["abcd"])
+        params = SamplingParams(temperature=0, structured_outputs=structured, ignore_eos=True)
+    else:
+        (free,) = llm.generate([[5, 6, 7]], greedy(20), use_tqdm=False)
+        end = next(n for n in range(5, 20) if llm.tokenizer.decode(free["token_ids"][n : n + 1]).isascii())
+        text = llm.tokenizer.decode(free["token_ids"][end : end + 1])
+        params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, stop=[text])
+    (expected,) = llm.generate([[5, 6, 7]], params, use_tqdm=False)
+    if how == "stop at the length":
+        params = dataclasses.replace(params, max_tokens=len(expected["token_ids"]))
+    request = llm._requests[llm.add_request([5, 6, 7], params)]
+    (seq,) = request.seqs
+    interrupted = False
+
+    def interrupting(postprocess: Any) -> Any:
+        def wrapped(*args: Any) -> Any:
+            nonlocal interrupted
+            finished = postprocess(*args)
+            if not interrupted and seq.completion_token_ids == expected["token_ids"]:
+                interrupted = True
+                raise KeyboardInterrupt
+            return finished
+
+        return wrapped
+
+    with replaced(llm.scheduler, "postprocess", interrupting), pytest.raises(KeyboardInterrupt):
+        llm.generate([[1, 2], [3]], greedy(40), use_tqdm=False)
+    drain(llm, 60)
+    (output,) = request.output().outputs
+    assert output.token_ids == expected["token_ids"]
+    assert output.text == expected["text"]
+    assert output.finish_reason == expected.outputs[0].finish_reason == "stop"
+    assert output.stop_reason == expected.outputs[0].stop_reason
+    assert_idle(llm)
 
 
 @pytest.mark.parametrize("depth", [0, 1])

@@ -4,9 +4,9 @@ import random
 from time import perf_counter
 
 import pytest
-from helpers import check_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulator import check_blocks
 
 from nanovllm import SamplingParams
 from nanovllm.engine.block_manager import BlockManager

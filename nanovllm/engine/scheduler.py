@@ -46,6 +46,8 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def add(self, seq: Sequence) -> None:
+        pool_tokens = self.block_manager.num_blocks * self.block_manager.block_size
+        assert seq.max_num_tokens - 1 <= pool_tokens, "it could never run; the input processor refuses it"
         params = seq.sampling_params
         seq.stop_ids = (frozenset() if params.ignore_eos else self.eos) | frozenset(params.stop_token_ids or ())
         self.waiting.append(seq)

@@ -137,14 +137,15 @@ class Sequence:
 
     def finish(self, reason: str) -> None:
         self.num_tokens = len(self.token_ids)
-        self.status = SequenceStatus.FINISHED
         self.finish_reason = reason
         if reason == "stop" and self.last_token in (self.sampling_params.stop_token_ids or ()):
             self.stop_reason = self.last_token
+        self.status = SequenceStatus.FINISHED  # last: whoever is interrupted before it has not ended
 
     def rewind(self) -> None:
         """Back to the waiting queue with nothing computed and no unread token; the ids read so far are kept."""
         self.status = SequenceStatus.WAITING
+        self.finish_reason = self.stop_reason = None
         self.num_tokens = len(self.token_ids)
         self.num_cached_tokens = self.num_scheduled_tokens = 0
         self.row = -1
