@@ -76,7 +76,7 @@ def device_profile(llm: LLM, case: Case, temperature: float, trace_file: Path, n
         if device.type == "cuda":
             tables.append(kernel_table(json.loads(trace_file.read_text()), num_steps))
         else:
-            tables.append(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15))
+            tables.append(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
 
     num_warmups = 5  # the profiler's own start-up is slow
     schedule = torch.profiler.schedule(wait=0, warmup=num_warmups, active=num_steps, repeat=1)
