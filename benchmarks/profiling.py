@@ -26,6 +26,7 @@ def host_profile(llm: LLM, case: Case, num_steps: int = 100) -> dict[str, float]
     runner.run_prefill = lambda batch: batch.rows  # row numbers do for token ids
     runner.run_decode = lambda rows, max_context_len: rows
     llm.block_manager = llm.scheduler.block_manager = BlockManager(2**16, llm.block_manager.block_size)
+    llm.input_processor.num_blocks = llm.block_manager.num_blocks
     llm.scheduler.reset(())  # nobody reads or writes a cache now, so there can be blocks for all
     seconds: dict[str, float] = defaultdict(float)
 

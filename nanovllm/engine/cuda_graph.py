@@ -18,6 +18,8 @@ class DecodeGraphs:
     def __init__(self, runner: "ModelRunner", max_num_seqs: int):
         self.runner = runner
         self.buckets = batch_buckets(max_num_seqs)
+        # One for all captures: what the warm-ups allocate is kept for each stream, and would add up to gigabytes.
+        self.stream: Any = None
         self.clear()
 
     def clear(self) -> None:
@@ -56,7 +58,7 @@ class DecodeGraphs:
             return self.runner.forward_decode(rows, max_context_len)
 
         # torch.cuda.graph() would collect garbage and empty the allocator's cache, 0.1 s each time.
-        stream = torch.cuda.Stream()
+        stream = self.stream = self.stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):

@@ -94,7 +94,7 @@ def paged_attention_invariant_torch(q, k_cache, v_cache, block_tables, cu_seqlen
             num_keys = length - (starts[row + 1] - 1 - i)
             query = q[i].clone().view(1, num_kv_heads, -1, q.shape[2])  # a kv head's group as its query length
             heads = F.scaled_dot_product_attention(query, k[:, :, :num_keys], v[:, :, :num_keys], scale=scale)
-            out[i] = heads.view(q.shape[1:])
+            out[i] = heads.reshape(q.shape[1:])
     return out
 
 
