@@ -587,7 +587,8 @@ def test_memory_returns_to_the_baseline(qwen3):
     baseline = resident_bytes()
     for _ in range(3):
         first, second = use(), use()
-        assert resident_bytes() > baseline + 2**26
+        # Not the process's size: malloc may hand out again what another test has returned.
+        assert all(llm.model_runner.kv_cache.nbytes >= 2**26 for llm in (first, second))
         first.close()
         del second
         gc.collect()

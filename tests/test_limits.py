@@ -17,9 +17,9 @@ from simulator import Simulation
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.input_processor import InputProcessor
-from nanovllm.engine.model_runner import PendingTokens
 from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.step_output import PendingTokens, StepOutput
 
 # ---- the smallest settings: the answers stay those of transformers ----
 
@@ -193,7 +193,7 @@ def flood(llm: LLM, num_requests: int) -> list[int]:
 
     def call(method: str, seqs: list[Sequence], is_prefill: bool) -> PendingTokens:
         assert method == "run"
-        return PendingTokens(torch.tensor([1 + sum(seq.prompt_token_ids) % 200 for seq in seqs]))
+        return PendingTokens(StepOutput(torch.tensor([1 + sum(seq.prompt_token_ids) % 200 for seq in seqs])))
 
     llm.model_runner.call = call  # type: ignore[method-assign]
     params = greedy(2)

@@ -235,7 +235,7 @@ def fold_seed(seed: int, index: int) -> int:
 def default_sampling_params(path: Path) -> SamplingParams:
     """What the checkpoint's generation_config.json recommends, for calls without `SamplingParams`.
 
-    Raises TypeError or ValueError, with the file's name, for what it may not recommend.
+    Raises ValueError, with the file's name, for what it may not recommend.
     """
     file = path / "generation_config.json"
     if not file.is_file():
