@@ -1,7 +1,6 @@
 """How one request is sampled. Built by users, checked here once, read by the scheduler and the sampler."""
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +18,8 @@ class StructuredOutputsParams:
 
     Args:
         json: a JSON schema, as a dict or its text; the output has blanks where `json.dumps` puts them.
-        regex: a regular expression that the whole output matches.
+        regex: a regular expression that the whole output matches, in Rust's syntax: no lookaround, no references to
+            groups.
         choice: a list of texts, of which the output is one.
         grammar: a grammar in the Lark syntax of llguidance.
     """
@@ -40,18 +40,13 @@ class StructuredOutputsParams:
             if value is not None and not isinstance(value, kinds):
                 expected = " or ".join(kind.__name__ for kind in kinds)
                 raise TypeError(f"structured_outputs.{name} must be of type {expected}, got {value!r}")
-        if isinstance(self.json, str):
+        if self.json is not None:
             try:
-                json.loads(self.json)
-            except ValueError as error:
+                schema = json.loads(self.json if isinstance(self.json, str) else json.dumps(self.json))
+            except (TypeError, ValueError, RecursionError) as error:
                 raise ValueError(f"structured_outputs.json is not valid JSON: {error}") from None
-        if self.regex is not None:
-            try:
-                re.compile(self.regex)
-            except re.error as error:
-                raise ValueError(
-                    f"structured_outputs.regex={self.regex!r} is not a valid expression: {error}"
-                ) from None
+            if not isinstance(schema, dict):
+                raise ValueError(f"structured_outputs.json must be a schema, which is an object, got {self.json!r}")
         if self.choice is not None and not (
             self.choice and all(isinstance(text, str) and text for text in self.choice)
         ):
