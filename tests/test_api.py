@@ -326,10 +326,41 @@ def test_a_chat_that_goes_on_with_its_last_message(chat_llm):
         chat_llm.chat(messages, greedy(6), use_tqdm=False, continue_final_message=True)
 
 
+def test_a_content_of_parts_is_their_text(chat_llm):
+    """As vLLM gives it to templates that expect a text; they would print the list."""
+    parts = [{"type": "text", "text": "hi"}, {"type": "text", "text": "there"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "yes"}]
+    (prompt,) = chat_llm.chat_prompts(messages)
+    assert prompt["prompt"] == "[user:hi\nthere][assistant:yes]>"
+    assert messages[0]["content"] is parts
+    image = {"type": "image_url", "image_url": {"url": "http://x/y.png"}}
+    with pytest.raises(ValueError, match=r"image_url.*only text"):
+        chat_llm.chat([{"role": "user", "content": [*parts, image]}], use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    "template", ["{% for", "{{ raise_exception('roles must alternate') }}", "{{ 1 + messages }}", "{{ a.b.c }}"]
+)
+def test_a_template_that_fails(chat_llm, template):
+    with pytest.raises(ValueError, match=r"the chat template cannot put these messages into words: ."):
+        chat_llm.chat([{"role": "user", "content": "hi"}], chat_template=template, use_tqdm=False)
+
+
+@pytest.mark.parametrize("name", ["tools", "chat_template", "add_generation_prompt", "tokenize", "conversation"])
+def test_bad_chat_template_kwargs(chat_llm, name):
+    messages = [{"role": "user", "content": "hi"}]
+    with pytest.raises(ValueError, match=f"chat_template_kwargs contains.*{name}"):
+        chat_llm.chat(messages, chat_template_kwargs={name: True}, use_tqdm=False)
+    with pytest.raises(TypeError, match="chat_template_kwargs must be a dict"):
+        chat_llm.chat(messages, chat_template_kwargs=[name], use_tqdm=False)
+
+
 def test_bad_chats(llm, chat_llm):
     with pytest.raises(ValueError, match=r"no chat template: pass chat_template="):
         llm.chat([{"role": "user", "content": "hi"}])
-    for messages in ("hi", None, 3, [], [[]], ["hi"], [{"role": "user", "content": "a"}, "hi"], {"role": "user"}, [1]):
+    wrong = ["hi", None, 3, [], [[]], ["hi"], [{"role": "user", "content": "a"}, "hi"], {"role": "user"}, [1]]
+    wrong += [[{"content": "hi"}], [{"role": 1, "content": "hi"}]]
+    for messages in wrong:
         with pytest.raises(TypeError, match="messages must be"):
             chat_llm.chat(messages, use_tqdm=False)
     with pytest.raises(TypeError, match="templat"):
