@@ -61,7 +61,7 @@ class SamplingParams:
     Fields may be assigned to, as vLLM's scripts do; they are checked here and again with every request that uses them.
 
     Args:
-        n: completions of the prompt, at least 1.
+        n: completions of the prompt, at least 1; only 1 with temperature 0, where all would be the same.
         temperature: 0 takes the most likely token (greedy); above 0, to 1e6, divides the logits before the draw.
             Default 1.0.
         top_p: keep the fewest most likely tokens whose probabilities sum to this; in (0, 1].
@@ -76,7 +76,7 @@ class SamplingParams:
         stop_token_ids: token ids that end it, beside the model's end-of-sequence ids.
         ignore_eos: keep generating past the end-of-sequence token. Default False.
         max_tokens: tokens to generate at most; None means as many as `max_model_len` and the cache allow. Default 64.
-        min_tokens: no end of any kind before this many tokens.
+        min_tokens: no end of any kind before this many tokens, but that of a grammar after which nothing may come.
         logprobs: return the log probabilities of the sampled token and of this many likeliest ones, at most 20.
         prompt_logprobs: the same for every prompt token but the first.
         logit_bias: {token id: number added to its logit}, from -100 to 100.
@@ -124,6 +124,8 @@ class SamplingParams:
     def __post_init__(self):
         check_int("n", self.n, 1)
         check_float("temperature", self.temperature, 0.0, MAX_FACTOR)
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(f"n={self.n} with temperature=0 would give the same completion each time: pass n=1")
         if check_float("top_p", self.top_p, 0.0, 1.0) == 0.0:
             raise ValueError("top_p must be above 0 and at most 1, got 0.0; for greedy use temperature=0")
         check_int("top_k", self.top_k, -1)

@@ -498,6 +498,7 @@ def test_every_field_is_tested_for_wrong_values():
     [
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens=9 .*max_tokens=8"),
         ({"min_tokens": 65}, "min_tokens=65 .*max_tokens=64"),
+        ({"n": 3, "temperature": 0}, "n=3 .*temperature=0"),
         ({"stop": "a", "detokenize": False}, "stop='a' .*detokenize=False"),
     ],
 )

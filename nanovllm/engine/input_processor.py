@@ -225,7 +225,7 @@ def flatten_content(message: dict[str, Any]) -> dict[str, Any]:
     content = message.get("content")
     if not isinstance(content, (list, tuple)):
         return message
-    texts = [part.get("text") if isinstance(part, dict) else part for part in content]
+    texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in content]
     if wrong := [part for part, text in zip(content, texts, strict=True) if not isinstance(text, str)]:
         raise ValueError(f"the content of a message has a part that is no text: {wrong[0]!r}; only text is understood")
     return {**message, "content": "\n".join(texts)}
