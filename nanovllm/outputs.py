@@ -18,8 +18,8 @@ class CompletionOutput:
     """One completion of a prompt.
 
     `finish_reason` is "stop" (an end-of-sequence token, a stop token or a stop string), "length" (`max_tokens` or
-    `max_model_len`), "abort" or "error" (the model's logits had no finite maximum); `stop_reason` is the stop string
-    or stop token id that matched. `logprobs[i]` belongs to `token_ids[i]`, the sampled token first.
+    `max_model_len`), "abort" or "error" (logits without a finite maximum: NaN, or nothing left to draw); `stop_reason`
+    is the stop string or stop token id that matched. `logprobs[i]` belongs to `token_ids[i]`, the sampled token first.
     """
 
     index: int

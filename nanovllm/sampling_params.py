@@ -1,7 +1,6 @@
 """How one request is sampled. Built by users, checked here once, read by the scheduler and the sampler."""
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +18,8 @@ class StructuredOutputsParams:
 
     Args:
         json: a JSON schema, as a dict or its text; the output has blanks where `json.dumps` puts them.
-        regex: a regular expression that the whole output matches.
+        regex: a regular expression that the whole output matches, in Rust's syntax: no lookaround, no references to
+            groups.
         choice: a list of texts, of which the output is one.
         grammar: a grammar in the Lark syntax of llguidance.
     """
@@ -40,18 +40,13 @@ class StructuredOutputsParams:
             if value is not None and not isinstance(value, kinds):
                 expected = " or ".join(kind.__name__ for kind in kinds)
                 raise TypeError(f"structured_outputs.{name} must be of type {expected}, got {value!r}")
-        if isinstance(self.json, str):
+        if self.json is not None:
             try:
-                json.loads(self.json)
-            except ValueError as error:
+                schema = json.loads(self.json if isinstance(self.json, str) else json.dumps(self.json))
+            except (TypeError, ValueError, RecursionError) as error:
                 raise ValueError(f"structured_outputs.json is not valid JSON: {error}") from None
-        if self.regex is not None:
-            try:
-                re.compile(self.regex)
-            except re.error as error:
-                raise ValueError(
-                    f"structured_outputs.regex={self.regex!r} is not a valid expression: {error}"
-                ) from None
+            if not isinstance(schema, dict):
+                raise ValueError(f"structured_outputs.json must be a schema, which is an object, got {self.json!r}")
         if self.choice is not None and not (
             self.choice and all(isinstance(text, str) and text for text in self.choice)
         ):
@@ -66,7 +61,7 @@ class SamplingParams:
     Fields may be assigned to, as vLLM's scripts do; they are checked here and again with every request that uses them.
 
     Args:
-        n: completions of the prompt, at least 1.
+        n: completions of the prompt, at least 1; only 1 with temperature 0, where all would be the same.
         temperature: 0 takes the most likely token (greedy); above 0, to 1e6, divides the logits before the draw.
             Default 1.0.
         top_p: keep the fewest most likely tokens whose probabilities sum to this; in (0, 1].
@@ -81,7 +76,7 @@ class SamplingParams:
         stop_token_ids: token ids that end it, beside the model's end-of-sequence ids.
         ignore_eos: keep generating past the end-of-sequence token. Default False.
         max_tokens: tokens to generate at most; None means as many as `max_model_len` and the cache allow. Default 64.
-        min_tokens: no end of any kind before this many tokens.
+        min_tokens: no end of any kind before this many tokens, but that of a grammar after which nothing may come.
         logprobs: return the log probabilities of the sampled token and of this many likeliest ones, at most 20.
         prompt_logprobs: the same for every prompt token but the first.
         logit_bias: {token id: number added to its logit}, from -100 to 100.
@@ -129,6 +124,8 @@ class SamplingParams:
     def __post_init__(self):
         check_int("n", self.n, 1)
         check_float("temperature", self.temperature, 0.0, MAX_FACTOR)
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(f"n={self.n} with temperature=0 would give the same completion each time: pass n=1")
         if check_float("top_p", self.top_p, 0.0, 1.0) == 0.0:
             raise ValueError("top_p must be above 0 and at most 1, got 0.0; for greedy use temperature=0")
         check_int("top_k", self.top_k, -1)

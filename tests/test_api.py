@@ -326,10 +326,41 @@ def test_a_chat_that_goes_on_with_its_last_message(chat_llm):
         chat_llm.chat(messages, greedy(6), use_tqdm=False, continue_final_message=True)
 
 
+def test_a_content_of_parts_is_their_text(chat_llm):
+    """As vLLM gives it to templates that expect a text; they would print the list."""
+    parts = [{"type": "text", "text": "hi"}, {"type": "text", "text": "there"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "yes"}]
+    (prompt,) = chat_llm.chat_prompts(messages)
+    assert prompt["prompt"] == "[user:hi\nthere][assistant:yes]>"
+    assert messages[0]["content"] is parts
+    image = {"type": "image_url", "image_url": {"url": "http://x/y.png"}}
+    with pytest.raises(ValueError, match=r"image_url.*only text"):
+        chat_llm.chat([{"role": "user", "content": [*parts, image]}], use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    "template", ["{% for", "{{ raise_exception('roles must alternate') }}", "{{ 1 + messages }}", "{{ a.b.c }}"]
+)
+def test_a_template_that_fails(chat_llm, template):
+    with pytest.raises(ValueError, match=r"the chat template cannot put these messages into words: ."):
+        chat_llm.chat([{"role": "user", "content": "hi"}], chat_template=template, use_tqdm=False)
+
+
+@pytest.mark.parametrize("name", ["tools", "chat_template", "add_generation_prompt", "tokenize", "conversation"])
+def test_bad_chat_template_kwargs(chat_llm, name):
+    messages = [{"role": "user", "content": "hi"}]
+    with pytest.raises(ValueError, match=f"chat_template_kwargs contains.*{name}"):
+        chat_llm.chat(messages, chat_template_kwargs={name: True}, use_tqdm=False)
+    with pytest.raises(TypeError, match="chat_template_kwargs must be a dict"):
+        chat_llm.chat(messages, chat_template_kwargs=[name], use_tqdm=False)
+
+
 def test_bad_chats(llm, chat_llm):
     with pytest.raises(ValueError, match=r"no chat template: pass chat_template="):
         llm.chat([{"role": "user", "content": "hi"}])
-    for messages in ("hi", None, 3, [], [[]], ["hi"], [{"role": "user", "content": "a"}, "hi"], {"role": "user"}, [1]):
+    wrong = ["hi", None, 3, [], [[]], ["hi"], [{"role": "user", "content": "a"}, "hi"], {"role": "user"}, [1]]
+    wrong += [[{"content": "hi"}], [{"role": 1, "content": "hi"}]]
+    for messages in wrong:
         with pytest.raises(TypeError, match="messages must be"):
             chat_llm.chat(messages, use_tqdm=False)
     with pytest.raises(TypeError, match="templat"):
@@ -467,6 +498,7 @@ def test_every_field_is_tested_for_wrong_values():
     [
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens=9 .*max_tokens=8"),
         ({"min_tokens": 65}, "min_tokens=65 .*max_tokens=64"),
+        ({"n": 3, "temperature": 0}, "n=3 .*temperature=0"),
         ({"stop": "a", "detokenize": False}, "stop='a' .*detokenize=False"),
     ],
 )
@@ -483,7 +515,8 @@ def test_contradictions(fields, match):
         ({"json": "{"}, "json is not valid"),
         ({"json": 5}, "json must be"),
         ({"json": []}, "json must be"),
-        ({"regex": "("}, r"regex='\('"),
+        ({"json": "[1]"}, r"json must be a schema.*'\[1\]'"),
+        ({"json": {"const": object()}}, "json is not valid.*object"),
         ({"regex": 5}, "regex must be"),
         ({"choice": []}, "choice must be"),
         ({"choice": "abc"}, "choice must be"),
@@ -509,7 +542,11 @@ def test_bad_structured_outputs(fields, match):
         ({"logit_bias": {VOCAB_SIZE: 1.0}}, f"logit_bias contains {VOCAB_SIZE}"),
         ({"structured_outputs": StructuredOutputsParams(json={"type": "nonsense"})}, r"structured_outputs\.json"),
         ({"structured_outputs": StructuredOutputsParams(grammar="start: (")}, r"structured_outputs\.grammar"),
+        ({"structured_outputs": StructuredOutputsParams(json={"const": math.nan})}, r"structured_outputs\.json"),
+        ({"structured_outputs": StructuredOutputsParams(json={"$ref": "#/no"})}, r"structured_outputs\.json.*/no"),
         ({"structured_outputs": StructuredOutputsParams(regex=r"(?<=a)b")}, r"structured_outputs\.regex"),
+        ({"structured_outputs": StructuredOutputsParams(regex="(x")}, r'structured_outputs\.regex.*"\(x"'),
+        ({"structured_outputs": StructuredOutputsParams(choice=["\ud800"])}, r"structured_outputs\.choice"),
     ],
     ids=lambda value: str(value)[:30],
 )

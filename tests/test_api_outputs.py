@@ -20,7 +20,8 @@ from helpers import (
     make_tokenizer,
     many_prompts,
 )
-from tokenizers import decoders
+from tokenizers import Tokenizer, decoders, models
+from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
 
 from nanovllm import LLM, CompletionOutput, Logprob, RequestOutput, SamplingParams
@@ -306,6 +307,46 @@ def test_incremental_text_of_a_sentencepiece_like_tokenizer(demo_tokenizer):
             detokenizer.follow(ids[: i + 1], 0)
         detokenizer.finish(ids)
         assert detokenizer.text == decode(tokenizer, ids, params)
+
+
+def byte_fallback_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Llama 2's: what is no word is a run of byte tokens, which decodes to U+FFFD as a whole if it is invalid."""
+    words = ["▁", "▁the", "▁a", "b", "é", "'s", "!", "n't"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def test_broken_bytes_after_a_byte_that_was_given_out(qwen3, tmp_path):
+    """tokenizers' DecodeStream raises there ("Invalid prefix"): the text goes on, and nobody's step fails."""
+    path = copy_checkpoint(qwen3.path, tmp_path / "model")
+    for file in path.glob("*token*"):
+        file.unlink()
+    tokenizer = byte_fallback_tokenizer()
+    tokenizer.save_pretrained(path)
+    newline, broken, the, b = tokenizer.convert_tokens_to_ids(["<0x0A>", "<0xF0>", "▁the", "b"])
+    stream = DecodeStream(skip_special_tokens=True)
+    pieces = [stream.step(tokenizer._tokenizer, token_id) for token_id in (b, newline, broken)]
+    assert pieces == ["b", "\n", None]
+    with pytest.raises(Exception, match="Invalid prefix"):
+        stream.step(tokenizer._tokenizer, the)
+    llm = LLM(str(path), device="cpu", max_model_len=128, max_num_seqs=16)
+    for ids, text in (([b, newline, broken, the, the], "b\n\ufffd the the"), ([b, newline, broken], "b\n\ufffd")):
+        _, output = forced(llm, ids)
+        assert output["text"] == text
+        _, output = forced(llm, ids, stop="zz")
+        assert output["text"] == text
+    for skip in (True, False):
+        params = SamplingParams(temperature=2.0, seed=1, n=2, max_tokens=60, ignore_eos=True, skip_special_tokens=skip)
+        expected, found = texts_of(llm, many_prompts(6), params)
+        assert found == expected
+    assert_idle(llm)
 
 
 # ---- ends ----

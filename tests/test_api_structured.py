@@ -149,6 +149,57 @@ def test_a_grammar_is_cut_short_by_what_it_leaves_open(demo):
     assert output["token_ids"][-1] not in demo.config.eos_token_ids
 
 
+def test_thousands_of_choices(demo):
+    """More than llguidance takes as alternatives of a rule, many of them beginnings of others."""
+    choices = [f"item {i}" for i in range(5000)]
+    params = [structured(1.5, seed=seed, choice=choices) for seed in range(3)]
+    outputs = demo.generate(["Pick one: "] * 3, params, use_tqdm=False)
+    assert all(output["text"] in choices for output in outputs)
+    assert all(output.outputs[0].finish_reason == "stop" for output in outputs)
+
+
+def test_a_grammar_that_cannot_be_followed_ends_with_an_error(qwen3):
+    """Halfway it meets a limit of llguidance: what there is does not match, and must not pass for it."""
+    llm = qwen3.llm()
+    names = [f"a{i}" for i in range(2500)]
+    ambiguous = f"start: {' | '.join(names)}\n" + "\n".join(f'{name}: "c" "{name}"' for name in names)
+    params = structured(max_tokens=20, grammar=ambiguous)
+    expected = llm.generate([[7, 8]], SamplingParams(temperature=0, max_tokens=9), use_tqdm=False)[0]["token_ids"]
+    outputs = llm.generate(["abc", [7, 8]], [params, SamplingParams(temperature=0, max_tokens=9)], use_tqdm=False)
+    assert outputs[0]["text"] == "c"
+    assert outputs[0].outputs[0].finish_reason == "error"
+    assert outputs[1]["token_ids"] == expected
+    deltas = list(llm.stream("abc", params))
+    assert "".join(delta.text for delta in deltas) == "c"
+    assert deltas[-1].finish_reason == "error"
+    assert_idle(llm)
+
+
+def test_a_callable_that_draws_what_the_grammar_forbids(qwen3):
+    llm = qwen3.llm()
+    only = make_tokenizer().encode("x")
+
+    def stubborn(output_ids, logits):
+        if len(output_ids) == 1:
+            logits[only] = 100.0
+        return logits
+
+    params = SamplingParams(
+        structured_outputs=StructuredOutputsParams(regex="[0-9]{5}"), logits_processors=[stubborn], max_tokens=9
+    )
+    (output,) = llm.generate("abc", params, use_tqdm=False)
+    assert re.fullmatch("[0-9]x", output["text"])
+    assert output.outputs[0].finish_reason == "error"
+    assert_idle(llm)
+
+
+def test_expressions_that_python_does_not_know(qwen3):
+    """The syntax is llguidance's, so that Python's `re` is not asked."""
+    params = structured(1.0, regex=r"[\p{Lu}&&[A-Z]]{3}")
+    (output,) = qwen3.llm().generate("abc", params, use_tqdm=False)
+    assert re.fullmatch("[A-Z]{3}", output["text"])
+
+
 def test_the_error_without_llguidance(qwen3, monkeypatch):
     import sys
 

@@ -102,6 +102,12 @@ def test_every_file_is_in_a_known_layer():
     assert len(FILES) > 25
 
 
+def test_every_file_is_in_the_tree_of_the_readme():
+    tree = (PACKAGE.parent / "README.md").read_text().split("```\nnanovllm/\n")[1].split("```")[0]
+    missing = [path.name for path in FILES if path.name != "__init__.py" and path.name not in tree]
+    assert not missing, "a line in README.md says what it does"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: module_name(path))
 def test_imports_point_one_way(path):
     """llm -> engine -> models -> layers -> attention -> kernels; utils is used by all and uses none."""

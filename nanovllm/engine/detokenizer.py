@@ -24,6 +24,7 @@ class Detokenizer:
         self.text = ""
         self.stopped_by: str | None = None
         self.num_tokens = 0  # that `follow` has read
+        self._pending: list[int] = []  # ids read since the last piece
         self._stream = DecodeStream(skip_special_tokens=self.params.skip_special_tokens)
 
     def follow(self, token_ids: list[int], begin: int) -> bool:
@@ -37,12 +38,24 @@ class Detokenizer:
     def _append(self, token_id: int) -> bool:
         if not 0 <= token_id < self._known_ids:  # an embedding is often padded beyond the tokenizer's vocabulary
             return False
-        piece = self._stream.step(self.tokenizer._tokenizer, token_id)
+        self._pending.append(token_id)
+        piece = self._step(token_id)
         if not piece:
             return False
+        self._pending.clear()
         start = len(self.text)
         self.text += piece
         return self.num_tokens >= self.params.min_tokens and self._find_stop(start)
+
+    def _step(self, token_id: int) -> str | None:
+        try:
+            return self._stream.step(self.tokenizer._tokenizer, token_id)
+        except Exception:
+            # Where characters are made of byte tokens (Llama 2), an invalid byte turns those before it, which have
+            # been given out, into U+FFFD. They stay what they were; a new stream begins with this token.
+            self._stream = DecodeStream(skip_special_tokens=self.params.skip_special_tokens)
+            self._stream.step(self.tokenizer._tokenizer, token_id)
+            return decode(self.tokenizer, self._pending, self.params)
 
     def _find_stop(self, start: int) -> bool:
         """Look for the stop string that ends first among those that end after `start`."""
@@ -63,6 +76,8 @@ class Detokenizer:
             whole = decode(self.tokenizer, token_ids, self.params)
             if whole.startswith(self.text):
                 self.text = whole
+            else:
+                self.text += decode(self.tokenizer, self._pending, self.params)
         self.held_back = 0
 
     def take(self) -> str:
@@ -70,6 +85,17 @@ class Detokenizer:
         end = max(len(self.text) - self.held_back, self.num_emitted)
         piece, self.num_emitted = self.text[self.num_emitted : end], end
         return piece
+
+
+def full_text(tokenizer: Any, token_ids: list[int], params: SamplingParams) -> str:
+    """The text of a completion that nobody followed; the same that a stream adds up to."""
+    text = decode(tokenizer, token_ids, params)
+    if "\ufffd" in text:  # only after a broken character can the two differ
+        detokenizer = Detokenizer(tokenizer, params)
+        detokenizer.follow(token_ids, 0)
+        detokenizer.finish(token_ids)
+        text = detokenizer.text
+    return text
 
 
 def decode(tokenizer: Any, token_ids: list[int], params: SamplingParams) -> str:

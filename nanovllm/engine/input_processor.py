@@ -94,7 +94,7 @@ class InputProcessor:
             request.seqs.append(seq)
         return request
 
-    def apply_chat_template(self, messages: Any, **kwargs: Any) -> list[dict[str, Any]]:
+    def apply_chat_template(self, messages: Any, chat_template_kwargs: Any, **kwargs: Any) -> list[dict[str, Any]]:
         """One conversation or a list of them -> prompts, by the template's own words.
 
         transformers runs the template in a sandbox. It writes special tokens itself, so none are added to its text.
@@ -106,15 +106,24 @@ class InputProcessor:
             raise ValueError(
                 "this tokenizer has no chat template: pass chat_template=, or use generate() with a prompt"
             )
+        more = {} if chat_template_kwargs is None else chat_template_kwargs
+        if not isinstance(more, dict):
+            raise TypeError(f"chat_template_kwargs must be a dict, got {more!r} of type {type(more).__name__}")
+        kwargs["tokenize"] = False
+        if taken := sorted(set(more) & {"conversation", *kwargs}):
+            raise ValueError(f"chat_template_kwargs contains {taken}, which is no variable of the template's own")
+        prompts = []
         for conversation in conversations:
             is_list = isinstance(conversation, (list, tuple)) and len(conversation) > 0
-            if not is_list or not all(isinstance(message, dict) for message in conversation):
+            if not is_list or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in conversation):
                 raise TypeError(f"messages must be a list of dicts with 'role' and 'content', got {conversation!r}")
-        texts = [
-            self.tokenizer.apply_chat_template(conversation, tokenize=False, **kwargs) for conversation in conversations
-        ]
-        encode = self.tokenizer.encode
-        return [{"prompt": text, "prompt_token_ids": encode(text, add_special_tokens=False)} for text in texts]
+            plain = [flatten_content(message) for message in conversation]
+            try:
+                text = self.tokenizer.apply_chat_template(plain, **kwargs, **more)
+            except Exception as error:  # of many kinds: the template's own, the sandbox's, Python's
+                raise ValueError(f"the chat template cannot put these messages into words: {error}") from error
+            prompts.append({"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)})
+        return prompts
 
     def _tokenize(self, prompt: Any, name: str) -> tuple[str | None, list[int]]:
         if isinstance(prompt, dict):
@@ -209,6 +218,17 @@ class InputProcessor:
             config = self.config
             self._grammars = GrammarCompiler(self.tokenizer, config.hf_config.vocab_size, config.eos_token_ids)
         return self._grammars.compile(params.structured_outputs)
+
+
+def flatten_content(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose content is OpenAI's list of parts, with their texts as one; templates would print the list."""
+    content = message.get("content")
+    if not isinstance(content, (list, tuple)):
+        return message
+    texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in content]
+    if wrong := [part for part, text in zip(content, texts, strict=True) if not isinstance(text, str)]:
+        raise ValueError(f"the content of a message has a part that is no text: {wrong[0]!r}; only text is understood")
+    return {**message, "content": "\n".join(texts)}
 
 
 def load_tokenizer(path: str) -> Any:

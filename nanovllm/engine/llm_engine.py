@@ -65,7 +65,8 @@ class LLMEngine(EngineCore):
         """Conversations put into words by the model's chat template: prompts for `generate` or `stream`.
 
         Args:
-            messages: a list of {"role": …, "content": …}, or a list of such lists.
+            messages: a list of {"role": …, "content": …}, or a list of such lists. A content is a text or a list of
+                {"type": "text", "text": …}, which are joined by newlines.
             chat_template: a Jinja template to use instead of the tokenizer's.
             add_generation_prompt: end with what begins an answer. Default True.
             continue_final_message: leave the last message open, for the model to go on with it; needs
@@ -74,15 +75,15 @@ class LLMEngine(EngineCore):
 
         Raises:
             TypeError: messages of another shape.
-            ValueError: the tokenizer has no template and none is given.
+            ValueError: the tokenizer has no template and none is given, or the template refuses the messages.
         """
         return self.input_processor.apply_chat_template(
             messages,
+            chat_template_kwargs,
             chat_template=chat_template,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tools=tools,
-            **(chat_template_kwargs or {}),
         )
 
     def stream(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-from nanovllm.engine.detokenizer import Detokenizer, decode
+from nanovllm.engine.detokenizer import Detokenizer, full_text
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamDelta
 from nanovllm.sampling_params import SamplingParams
@@ -110,7 +110,7 @@ class Request:
         elif seq.detokenizer is not None:
             text = seq.detokenizer.text
         else:
-            text = decode(self.tokenizer, self.shown_token_ids(seq), self.params)
+            text = full_text(self.tokenizer, self.shown_token_ids(seq), self.params)
         return CompletionOutput(
             index=seq.index,
             text=text,

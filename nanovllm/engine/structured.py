@@ -29,20 +29,29 @@ class GrammarCompiler:
     def compile(self, params: StructuredOutputsParams) -> "Grammar":
         """Raises ValueError for a schema, expression or grammar that cannot be compiled."""
         matcher = self.llguidance.LLMatcher
-        if params.json is not None:
-            name, schema = "json", params.json if isinstance(params.json, str) else json.dumps(params.json)
-            source = matcher.grammar_from_json_schema(schema, defaults=JSON_STYLE)
-        elif params.regex is not None:
-            name, source = "regex", matcher.grammar_from_regex(params.regex)
-        elif params.choice is not None:
-            choices = " | ".join(json.dumps(text) for text in params.choice)
-            name, source = "choice", matcher.grammar_from_lark(f"start: {choices}")
-        else:
-            name, source = "grammar", matcher.grammar_from_lark(str(params.grammar))
-        error = matcher.validate_grammar(source, self.tokenizer)
+        name = next(kind for kind in ("json", "regex", "choice", "grammar") if getattr(params, kind) is not None)
+        try:
+            source = self._source(params)
+            error = matcher.validate_grammar(source, self.tokenizer)
+        except ValueError as refusal:  # of text that is not even JSON
+            error = str(refusal)
         if error:
             raise ValueError(f"structured_outputs.{name} cannot be compiled: {error.strip()}")
         return Grammar(matcher(self.tokenizer, source), self.vocab_size)
+
+    def _source(self, params: StructuredOutputsParams) -> str:
+        """The grammar in llguidance's own words."""
+        matcher = self.llguidance.LLMatcher
+        if params.json is not None:
+            schema = params.json if isinstance(params.json, str) else json.dumps(params.json)
+            return matcher.grammar_from_json_schema(schema, defaults=JSON_STYLE)
+        if params.regex is not None:
+            return matcher.grammar_from_regex(params.regex)
+        if params.choice is not None:
+            # One terminal, hence one automaton: as alternatives of a rule they would meet a limit at 2000.
+            choices = " | ".join(json.dumps(text) for text in params.choice)
+            return matcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}")
+        return matcher.grammar_from_lark(str(params.grammar))
 
 
 class Grammar:
@@ -58,15 +67,21 @@ class Grammar:
         return Grammar(self._matcher.deep_copy(), self._vocab_size)
 
     def allowed(self, token_ids: list[int]) -> np.ndarray:
-        """Which tokens may follow the completion `token_ids`, [vocab] bool."""
+        """Which tokens may follow the completion `token_ids`, [vocab] bool.
+
+        None may where the matcher gave up, at one of its limits or after a token that it had not allowed: the
+        completion then ends with an error, where it would else pass for one that matches.
+        """
         self._follow(token_ids)
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        if self._matcher.is_error():
+            return np.zeros(self._vocab_size, dtype=bool)
         return np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
 
     def is_finished(self, token_ids: list[int]) -> bool:
         """Whether the completion is whole and nothing may follow it."""
         self._follow(token_ids)
-        return self._matcher.is_stopped()
+        return self._matcher.is_stopped() and not self._matcher.is_error()
 
     def _follow(self, token_ids: list[int]) -> None:
         for token_id in token_ids[self._num_consumed :]:
