@@ -89,10 +89,8 @@ class NcclCommunicator(Communicator):
     def abort(self) -> None:
         # A thread that waits for a dead peer inside NCCL holds the lock until it is told to stop.
         locked = self._lock.acquire(timeout=LOCK_TIMEOUT_S)
-        try:
-            comm, self.comm = self.comm, None
-            if comm is not None:
-                library().ncclCommAbort(comm)
-        finally:
-            if locked:
-                self._lock.release()
+        comm, self.comm = self.comm, None
+        if locked:
+            self._lock.release()  # at once: the abort may wait for graphs, which a thread at `_call` would never let go
+        if comm is not None:
+            library().ncclCommAbort(comm)
