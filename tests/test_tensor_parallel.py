@@ -1,5 +1,6 @@
 """Two ranks over gloo on the CPU: the same tokens as one rank, and an end to every process whatever happens."""
 
+import asyncio
 import gc
 import glob
 import os
@@ -18,7 +19,7 @@ import pytest
 import torch
 from helpers import VOCAB_SIZE, Watch, assert_idle, assert_matches, greedy, many_prompts, random_prompt, replaced
 
-from nanovllm import LLM, EngineDeadError, SamplingParams
+from nanovllm import LLM, AsyncLLM, EngineDeadError, SamplingParams
 from nanovllm.engine import batch, engine_core, worker
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.sequence import Sequence
@@ -27,6 +28,9 @@ from nanovllm.utils import nccl
 from nanovllm.utils.distributed import TensorParallel, check_divisible
 
 FIRST_ANSWER_S = 120  # for a child process to start; a bound on hanging, not on speed
+OPTIONS: dict[str, Any] = {
+    "device": "cpu", "max_model_len": 256, "kvcache_block_size": 16, "num_kvcache_blocks": 64, "max_num_seqs": 8
+}  # fmt: skip
 GONE_S = 5.0  # within which no process may survive
 
 
@@ -519,6 +523,52 @@ def test_an_abort_does_not_hold_up_who_calls_nccl(monkeypatch):
     thread.join()
 
 
+@pytest.mark.parametrize("given", [None, "eth7"])
+def test_nccl_meets_on_this_host_and_leaves_the_environment_alone(monkeypatch, given):
+    seen = []
+
+    class Library:
+        def ncclGetUniqueId(self, unique_id: Any) -> int:
+            seen.append(os.environ.get("NCCL_SOCKET_IFNAME"))
+            return 0
+
+        def ncclCommInitRank(self, *args: Any) -> int:
+            return self.ncclGetUniqueId(None)
+
+    monkeypatch.setattr(nccl, "library", Library)
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    if given:
+        monkeypatch.setenv("NCCL_SOCKET_IFNAME", given)
+    nccl.NcclCommunicator(nccl.make_unique_id(), 0, 2)
+    assert seen == [given or "lo"] * 2
+    assert os.environ.get("NCCL_SOCKET_IFNAME") == given
+
+
+def test_the_asyncio_engine(qwen3):
+    """Its thread steps the ranks; a lost one reaches every task, and closing is as ever."""
+    prompts = many_prompts(4, seed=11)
+
+    async def complete(llm: AsyncLLM, prompt: list[int], num_tokens: int) -> list[int]:
+        params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+        return [token for delta in [d async for d in llm.generate(prompt, params)] for token in delta.token_ids]
+
+    async def main() -> tuple[list[list[int]], list[Any], list[int]]:
+        async with AsyncLLM(str(qwen3.path), tensor_parallel_size=2, **OPTIONS) as llm:
+            pids = worker_pids(llm.llm)
+            texts = await asyncio.gather(*(complete(llm, prompt, 10) for prompt in prompts))
+            long = [asyncio.create_task(complete(llm, prompt, 150)) for prompt in prompts]
+            await asyncio.sleep(0.2)
+            os.kill(pids[0], signal.SIGKILL)
+            return texts, await asyncio.gather(*long, return_exceptions=True), pids
+
+    texts, errors, pids = asyncio.run(main())
+    assert_gone(pids)
+    with qwen3.llm() as llm:
+        assert texts == [o["token_ids"] for o in llm.generate(prompts, greedy(10), use_tqdm=False)]
+    assert [type(error) for error in errors] == [EngineDeadError] * 4
+    assert all("exit code -9" in str(error) for error in errors)
+
+
 def test_ctrl_c(qwen3):
     """It reaches rank 0 alone, as KeyboardInterrupt; the call's requests are gone, the engine and its ranks are not."""
     prompts = many_prompts(5, seed=9)
@@ -601,7 +651,7 @@ def test_a_script_without_a_main_guard_and_the_interpreters_exit(qwen3, tmp_path
     (tmp_path / "script.py").chmod(0o644)
     process = subprocess.Popen(
         [sys.executable, str(tmp_path / "script.py"), str(qwen3.path)],
-        stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONSAFEPATH": "1"},
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONSAFEPATH": "1"}, cwd=tmp_path,
     )  # fmt: skip
     out, _ = process.communicate(timeout=FIRST_ANSWER_S)
     assert process.returncode == 0
