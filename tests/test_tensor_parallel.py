@@ -1,5 +1,6 @@
 """Two ranks over gloo on the CPU: the same tokens as one rank, and an end to every process whatever happens."""
 
+import asyncio
 import gc
 import glob
 import os
@@ -9,20 +10,27 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import VOCAB_SIZE, Watch, assert_idle, assert_matches, greedy, many_prompts, random_prompt, replaced
 
-from nanovllm import LLM, EngineDeadError, SamplingParams
-from nanovllm.engine import batch, worker
+from nanovllm import LLM, AsyncLLM, EngineDeadError, SamplingParams
+from nanovllm.engine import batch, engine_core, worker
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_channel import FIELDS, StepChannel, max_step_size
+from nanovllm.utils import nccl
 from nanovllm.utils.distributed import TensorParallel, check_divisible
 
 FIRST_ANSWER_S = 120  # for a child process to start; a bound on hanging, not on speed
+OPTIONS: dict[str, Any] = {
+    "device": "cpu", "max_model_len": 256, "kvcache_block_size": 16, "num_kvcache_blocks": 64, "max_num_seqs": 8
+}  # fmt: skip
 GONE_S = 5.0  # within which no process may survive
 
 
@@ -311,6 +319,256 @@ def test_a_worker_that_cannot_start(qwen3, monkeypatch):
     assert_gone([process.pid for process in started])
 
 
+@pytest.fixture
+def started(monkeypatch) -> list[subprocess.Popen]:
+    """Every process that is started from here."""
+    processes: list[subprocess.Popen] = []
+    popen = subprocess.Popen
+
+    def start(*args: Any, **kwargs: Any) -> subprocess.Popen:
+        processes.append(popen(*args, **kwargs))
+        return processes[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    return processes
+
+
+def test_a_worker_dies_while_the_ranks_meet(qwen3, started, monkeypatch):
+    """Rank 0 would wait for it in there for ever."""
+    is_over = threading.Event()
+
+    def wait_for_nobody(*args: Any) -> TensorParallel:
+        started[0].kill()
+        assert is_over.wait(FIRST_ANSWER_S)
+        raise RuntimeError("nobody came")
+
+    monkeypatch.setattr(worker, "connect", wait_for_nobody)
+    with pytest.raises(EngineDeadError, match="exit code -9"):
+        qwen3.llm(tensor_parallel_size=2)
+    is_over.set()
+    for thread in threading.enumerate():
+        if thread.name == "nanovllm-connect":
+            thread.join()
+    assert_gone([process.pid for process in started])
+
+
+def test_a_worker_dies_while_the_cache_is_sized(qwen3, started):
+    """Rank 0 may hear of it from gloo first."""
+
+    def kill(choose: Any) -> Any:
+        def chosen(runner: ModelRunner) -> int:
+            started[0].kill()
+            return choose(runner)
+
+        return chosen
+
+    with replaced(ModelRunner, "_choose_num_blocks", kill), pytest.raises(EngineDeadError, match="exit code -9"):
+        qwen3.llm(tensor_parallel_size=2, num_kvcache_blocks=-1)
+    assert_gone([process.pid for process in started])
+
+
+def test_what_only_a_worker_refuses_is_known_at_the_start(qwen3, started):
+    """As a second GPU with less free memory would, after rank 0 has all it needs."""
+    with (
+        replaced(ModelRunner, "_choose_num_blocks", lambda _: lambda runner: 20),
+        pytest.raises(EngineDeadError, match="exit code 1: ValueError: num_kvcache_blocks=2147483647"),
+    ):
+        qwen3.llm(tensor_parallel_size=2, num_kvcache_blocks=2**31 - 1)
+    assert_gone([process.pid for process in started])
+
+
+def test_what_both_ranks_refuse_is_no_death(qwen3, started):
+    with pytest.raises(ValueError, match="num_kvcache_blocks=2147483647"):
+        qwen3.llm(tensor_parallel_size=2, num_kvcache_blocks=2**31 - 1)
+    assert_gone([process.pid for process in started])
+
+
+def test_ctrl_c_while_the_engine_is_not_yet_the_users(qwen3, started, monkeypatch):
+    """The ranks are there and nobody has registered how they end."""
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine_core, "weakref", types.SimpleNamespace(finalize=interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        qwen3.llm(tensor_parallel_size=2)
+    gc.collect()
+    assert started
+    assert_gone([process.pid for process in started])
+
+
+def test_ctrl_c_while_a_worker_is_waited_for_at_the_end(qwen3):
+    llm = qwen3.llm(tensor_parallel_size=2)
+    pids = worker_pids(llm)
+    os.kill(pids[0], signal.SIGSTOP)  # it cannot end by itself
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        llm.close()
+    assert not [pid for pid in pids if is_running(pid)]
+    assert not hasattr(llm.model_runner, "kv_cache")
+
+
+def test_the_garbage_collector_ends_ranks_from_any_thread(qwen3):
+    """Also from the one that watches over them."""
+    llm = qwen3.llm(tensor_parallel_size=2)
+    group = llm.model_runner.workers
+    pids, errors = worker_pids(llm), []
+
+    def collect(describe: Any) -> Any:
+        def described(*args: Any) -> str:
+            try:
+                assert threading.current_thread() is group._watcher
+                group.stop()
+            except BaseException as error:
+                errors.append(error)
+            return describe(*args)
+
+        return described
+
+    with replaced(group, "_describe", collect):
+        os.kill(pids[0], signal.SIGKILL)
+        group._watcher.join(GONE_S)
+    assert not group._watcher.is_alive()
+    assert not errors
+    assert all(sock.fileno() == -1 for sock in group.sockets)
+    llm.close()
+    assert_gone(pids)
+
+
+def test_nothing_of_an_engine_stays_in_the_process(qwen3, monkeypatch):
+    """Neither descriptors nor threads, those that Python knows nothing of included; also after a failed start."""
+
+    def count() -> tuple[int, int]:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+    qwen3.llm(tensor_parallel_size=2).close()  # the first use of gloo may keep something
+    before = count()
+    engines = []
+    for _ in range(3):
+        engines.append(qwen3.llm(tensor_parallel_size=2))  # kept: closed is closed
+        engines[-1].generate([[1, 2, 3]], greedy(3), use_tqdm=False)
+        engines[-1].close()
+        assert count() == before
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(subprocess, "Popen", fail)
+    for _ in range(3):
+        with pytest.raises(OSError, match="no more processes"):
+            qwen3.llm(tensor_parallel_size=2)
+    assert count() == before
+
+
+def test_threads_are_given_back_in_any_order():
+    before = torch.get_num_threads()
+    torch.set_num_threads(7)
+    try:
+        a, b = worker.shared_cores(2), worker.shared_cores(4)
+        limits = a.__enter__(), b.__enter__()
+        assert limits == (min(7, max(1, worker.num_cores() // 2)), min(7, max(1, worker.num_cores() // 4)))
+        assert torch.get_num_threads() == min(limits)
+        a.__exit__(None, None, None)
+        assert torch.get_num_threads() == limits[1]
+        b.__exit__(None, None, None)
+        assert torch.get_num_threads() == 7
+        torch.set_num_threads(1)  # by the user, or OMP_NUM_THREADS: not more on any rank
+        with worker.shared_cores(2) as limit:
+            assert limit == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_in_a_process_with_many_files(qwen3):
+    """Descriptors beyond 1023, which `select` cannot wait for."""
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        with qwen3.llm(tensor_parallel_size=2) as llm:
+            assert min(sock.fileno() for sock in llm.model_runner.workers.sockets) > 1023
+            pids = worker_pids(llm)
+            with pytest.raises(EngineDeadError, match="exit code -9"):
+                while_generating(llm, lambda: os.kill(pids[0], signal.SIGKILL))
+    finally:
+        for fd in files:
+            os.close(fd)
+
+
+def test_numbers_of_numpy(qwen3):
+    options: dict[str, Any] = {"tensor_parallel_size": np.int64(2), "gpu_memory_utilization": np.float32(0.5)}
+    with qwen3.llm(**options) as llm:
+        assert len(llm.generate([[1, 2, 3]], greedy(3), use_tqdm=False)[0]["token_ids"]) == 3
+
+
+def test_an_abort_does_not_hold_up_who_calls_nccl(monkeypatch):
+    """The abort waits for captured graphs, and who has them may be at its next call."""
+    is_waiting, may_end = threading.Event(), threading.Event()
+
+    class Library:
+        def ncclCommAbort(self, comm: Any) -> int:
+            is_waiting.set()
+            assert may_end.wait(FIRST_ANSWER_S)
+            return 0
+
+    monkeypatch.setattr(nccl, "library", Library)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
+    communicator = nccl.NcclCommunicator.__new__(nccl.NcclCommunicator)
+    communicator.comm, communicator._lock = object(), threading.Lock()
+    thread = threading.Thread(target=communicator.abort)
+    thread.start()
+    assert is_waiting.wait(FIRST_ANSWER_S)
+    with pytest.raises(RuntimeError, match="aborted"):
+        communicator.all_reduce(torch.zeros(3))
+    may_end.set()
+    thread.join()
+
+
+@pytest.mark.parametrize("given", [None, "eth7"])
+def test_nccl_meets_on_this_host_and_leaves_the_environment_alone(monkeypatch, given):
+    seen = []
+
+    class Library:
+        def ncclGetUniqueId(self, unique_id: Any) -> int:
+            seen.append(os.environ.get("NCCL_SOCKET_IFNAME"))
+            return 0
+
+        def ncclCommInitRank(self, *args: Any) -> int:
+            return self.ncclGetUniqueId(None)
+
+    monkeypatch.setattr(nccl, "library", Library)
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    if given:
+        monkeypatch.setenv("NCCL_SOCKET_IFNAME", given)
+    nccl.NcclCommunicator(nccl.make_unique_id(), 0, 2)
+    assert seen == [given or "lo"] * 2
+    assert os.environ.get("NCCL_SOCKET_IFNAME") == given
+
+
+def test_the_asyncio_engine(qwen3):
+    """Its thread steps the ranks; a lost one reaches every task, and closing is as ever."""
+    prompts = many_prompts(4, seed=11)
+
+    async def complete(llm: AsyncLLM, prompt: list[int], num_tokens: int) -> list[int]:
+        params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+        return [token for delta in [d async for d in llm.generate(prompt, params)] for token in delta.token_ids]
+
+    async def main() -> tuple[list[list[int]], list[Any], list[int]]:
+        async with AsyncLLM(str(qwen3.path), tensor_parallel_size=2, **OPTIONS) as llm:
+            pids = worker_pids(llm.llm)
+            texts = await asyncio.gather(*(complete(llm, prompt, 10) for prompt in prompts))
+            long = [asyncio.create_task(complete(llm, prompt, 150)) for prompt in prompts]
+            await asyncio.sleep(0.2)
+            os.kill(pids[0], signal.SIGKILL)
+            return texts, await asyncio.gather(*long, return_exceptions=True), pids
+
+    texts, errors, pids = asyncio.run(main())
+    assert_gone(pids)
+    with qwen3.llm() as llm:
+        assert texts == [o["token_ids"] for o in llm.generate(prompts, greedy(10), use_tqdm=False)]
+    assert [type(error) for error in errors] == [EngineDeadError] * 4
+    assert all("exit code -9" in str(error) for error in errors)
+
+
 def test_ctrl_c(qwen3):
     """It reaches rank 0 alone, as KeyboardInterrupt; the call's requests are gone, the engine and its ranks are not."""
     prompts = many_prompts(5, seed=9)
@@ -393,7 +651,7 @@ def test_a_script_without_a_main_guard_and_the_interpreters_exit(qwen3, tmp_path
     (tmp_path / "script.py").chmod(0o644)
     process = subprocess.Popen(
         [sys.executable, str(tmp_path / "script.py"), str(qwen3.path)],
-        stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONSAFEPATH": "1"},
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONSAFEPATH": "1"}, cwd=tmp_path,
     )  # fmt: skip
     out, _ = process.communicate(timeout=FIRST_ANSWER_S)
     assert process.returncode == 0
@@ -412,6 +670,39 @@ def test_rank_0s_process_ends_from_outside(qwen3, sig):
     process.send_signal(sig)
     process.wait(timeout=FIRST_ANSWER_S)
     assert_gone([pid])
+
+
+FORK = """
+import os
+child = os.fork()
+if child == 0:
+    try:
+        llm.generate([[1, 2, 3]], use_tqdm=False)
+    except BaseException as error:
+        print(type(error).__name__, flush=True)
+    time.sleep(600)
+print(child, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_fork_of_rank_0s_process(qwen3):
+    """It cannot use the ranks, and they do not live on for it."""
+    process = start_program(PROGRAM + FORK, qwen3)
+    pid = int(process.stdout.readline())
+    process.stdout.readline()
+    said = sorted(process.stdout.readline().strip() for _ in range(2))
+    assert said[1] == "EngineDeadError"
+    child = int(said[0])
+    try:
+        assert is_running(pid)
+        process.kill()
+        process.wait(timeout=FIRST_ANSWER_S)
+        assert is_running(child)
+        assert_gone([pid])
+    finally:
+        os.kill(child, signal.SIGKILL)
+        process.stdout.close()
 
 
 def test_in_a_notebook(qwen3):

@@ -5,6 +5,7 @@
 
 import contextlib
 import gc
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from nanovllm.engine.batch import (
 from nanovllm.engine.cuda_graph import DecodeGraphs
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_output import PendingTokens, StepOutput, sampled_logprobs
+from nanovllm.errors import EngineDeadError
 from nanovllm.kernels.request_state import advance_rows, gather_rows
 from nanovllm.kernels.sampling import gumbel_max
 from nanovllm.layers.attention import Attention
@@ -61,15 +63,28 @@ class ModelRunner:
         self.max_blocks = -(-config.max_model_len // self.block_size)  # of one sequence
         self.workers: WorkerGroup | None = None
         if config.tensor_parallel_size > 1 and rank == 0:
-            from nanovllm.engine import worker  # here, because there it is run as a program
-
-            self.workers = worker.WorkerGroup(config)
-            connect, loaded = self.workers.connect, self.workers.loaded
-        try:
+            self._start_with_workers()
+        else:
             self._start(connect, loaded)
-        except BaseException:
-            if self.workers is not None:
-                self.workers.stop()
+
+    def _start_with_workers(self) -> None:
+        from nanovllm.engine import worker  # here, because there it is run as a program
+
+        try:
+            with worker.deferred_interrupts():  # or processes could be there that nobody knows of
+                self.workers = workers = worker.WorkerGroup(self.config)
+                weakref.finalize(self, workers.stop)  # should nobody get to call `exit`
+            self._start(workers.connect, workers.loaded)
+            workers.wait_for("started")
+        except BaseException as error:
+            if self.workers is None:
+                raise
+            # What both ranks find wrong, memory above all, rank 0 says best; only talking to a lost one fails this way.
+            is_failed_call = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
+            is_lost = is_failed_call and self.workers.is_lost()
+            self.workers.stop()
+            if is_lost and not isinstance(error, EngineDeadError):
+                raise EngineDeadError(self.workers.failure) from error
             raise
 
     def _start(self, connect: Callable[[], TensorParallel], loaded: Callable[[], None]) -> None:
@@ -333,7 +348,7 @@ class ModelRunner:
     def _check_cache_fits(self, num_blocks: int) -> None:
         """Of a number that the user gave: taken block by block on a CPU, memory would run out in the middle of work."""
         is_cuda = self.device.type == "cuda"
-        free = torch.cuda.mem_get_info(self.device)[0] if is_cuda else free_ram_bytes()
+        free = torch.cuda.mem_get_info(self.device)[0] if is_cuda else free_ram_bytes() // self.tp.size
         if num_blocks * self.block_bytes > free:
             raise ValueError(
                 f"num_kvcache_blocks={num_blocks} blocks of {self.block_size} tokens take "
@@ -371,17 +386,21 @@ class ModelRunner:
 
     def exit(self) -> None:
         """Give back processes and the device's memory; harmless when repeated."""
-        self.graphs = None  # before the communicator, whose end waits for that of the graphs that use it
-        if self.workers is not None:
-            # Before the rest: to free memory is to wait for kernels, and these may be waiting for a lost rank.
-            self.workers.stop()
-        for name in ("model", "kv_cache", "state", "sampler", "backend", "last_decode"):
-            self.__dict__.pop(name, None)
-        gc.collect()
-        if self.device.type == "cuda":
-            with contextlib.suppress(RuntimeError):  # of a device that is lost
-                torch.cuda.synchronize(self.device)
-                torch.cuda.empty_cache()
+        graphs, self.graphs = self.graphs, None
+        if graphs is not None:
+            graphs.clear()  # before the communicator, whose end waits for that of the graphs that use it
+        try:
+            if self.workers is not None:
+                # Before the rest: to free memory is to wait for kernels, and these may be waiting for a lost rank.
+                self.workers.stop()
+        finally:  # of a Ctrl-C, which `stop` has held back
+            for name in ("model", "kv_cache", "state", "sampler", "backend", "last_decode", "tp"):
+                self.__dict__.pop(name, None)
+            gc.collect()
+            if self.device.type == "cuda":
+                with contextlib.suppress(RuntimeError):  # of a device that is lost
+                    torch.cuda.synchronize(self.device)
+                    torch.cuda.empty_cache()
 
 
 def build_model(model_class: type, config: Config, tp: TensorParallel) -> Any:

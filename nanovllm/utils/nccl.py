@@ -8,6 +8,8 @@ import ctypes
 import glob
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -45,23 +47,37 @@ def check(result: int) -> None:
         raise RuntimeError(f"NCCL: {library().ncclGetErrorString(result).decode()}")
 
 
+@contextmanager
+def on_this_host() -> Iterator[None]:
+    """The ranks meet through a socket that one of them opens: on the loopback interface, unless the user says else.
+
+    Not for longer than it takes: what the process starts later may well talk to other hosts.
+    """
+    is_ours = "NCCL_SOCKET_IFNAME" not in os.environ
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    try:
+        yield
+    finally:
+        if is_ours:
+            os.environ.pop("NCCL_SOCKET_IFNAME", None)
+
+
 def make_unique_id() -> bytes:
     """What all ranks of one communicator must be given; made by rank 0."""
-    # The ranks meet through a socket that one of them opens: on this host only.
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     unique_id = UniqueId()
-    check(library().ncclGetUniqueId(ctypes.byref(unique_id)))
+    with on_this_host():
+        check(library().ncclGetUniqueId(ctypes.byref(unique_id)))
     return bytes(unique_id)
 
 
 class NcclCommunicator(Communicator):
     def __init__(self, unique_id: bytes, rank: int, size: int):
         """On torch's current device; returns when all ranks are here."""
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
         self.size = size
         self.comm: ctypes.c_void_p | None = ctypes.c_void_p()
         self._lock = threading.Lock()  # an abort comes from another thread
-        check(library().ncclCommInitRank(ctypes.byref(self.comm), size, UniqueId.from_buffer_copy(unique_id), rank))
+        with on_this_host():
+            check(library().ncclCommInitRank(ctypes.byref(self.comm), size, UniqueId.from_buffer_copy(unique_id), rank))
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         self._call("ncclAllReduce", x, x, x.numel(), DTYPES[x.dtype], SUM)
@@ -89,10 +105,8 @@ class NcclCommunicator(Communicator):
     def abort(self) -> None:
         # A thread that waits for a dead peer inside NCCL holds the lock until it is told to stop.
         locked = self._lock.acquire(timeout=LOCK_TIMEOUT_S)
-        try:
-            comm, self.comm = self.comm, None
-            if comm is not None:
-                library().ncclCommAbort(comm)
-        finally:
-            if locked:
-                self._lock.release()
+        comm, self.comm = self.comm, None
+        if locked:
+            self._lock.release()  # at once: the abort may wait for graphs, which a thread at `_call` would never let go
+        if comm is not None:
+            library().ncclCommAbort(comm)
