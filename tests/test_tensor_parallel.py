@@ -20,7 +20,7 @@ import torch
 from helpers import VOCAB_SIZE, Watch, assert_idle, assert_matches, greedy, many_prompts, random_prompt, replaced
 
 from nanovllm import LLM, AsyncLLM, EngineDeadError, SamplingParams
-from nanovllm.engine import batch, engine_core, worker
+from nanovllm.engine import batch, engine_core, worker_group
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_channel import FIELDS, StepChannel, max_step_size
@@ -342,7 +342,7 @@ def test_a_worker_dies_while_the_ranks_meet(qwen3, started, monkeypatch):
         assert is_over.wait(FIRST_ANSWER_S)
         raise RuntimeError("nobody came")
 
-    monkeypatch.setattr(worker, "connect", wait_for_nobody)
+    monkeypatch.setattr(worker_group, "connect", wait_for_nobody)
     with pytest.raises(EngineDeadError, match="exit code -9"):
         qwen3.llm(tensor_parallel_size=2)
     is_over.set()
@@ -465,16 +465,16 @@ def test_threads_are_given_back_in_any_order():
     before = torch.get_num_threads()
     torch.set_num_threads(7)
     try:
-        a, b = worker.shared_cores(2), worker.shared_cores(4)
+        a, b = worker_group.shared_cores(2), worker_group.shared_cores(4)
         limits = a.__enter__(), b.__enter__()
-        assert limits == (min(7, max(1, worker.num_cores() // 2)), min(7, max(1, worker.num_cores() // 4)))
+        assert limits == (min(7, max(1, worker_group.num_cores() // 2)), min(7, max(1, worker_group.num_cores() // 4)))
         assert torch.get_num_threads() == min(limits)
         a.__exit__(None, None, None)
         assert torch.get_num_threads() == limits[1]
         b.__exit__(None, None, None)
         assert torch.get_num_threads() == 7
         torch.set_num_threads(1)  # by the user, or OMP_NUM_THREADS: not more on any rank
-        with worker.shared_cores(2) as limit:
+        with worker_group.shared_cores(2) as limit:
             assert limit == 1
     finally:
         torch.set_num_threads(before)
@@ -587,7 +587,7 @@ def test_ctrl_c_waits_for_the_end_of_a_launch():
     order = []
 
     def launch() -> None:
-        with worker.deferred_interrupts():
+        with worker_group.deferred_interrupts():
             os.kill(os.getpid(), signal.SIGINT)
             for _ in range(1000):
                 order.append("launching")

@@ -7,7 +7,7 @@ import contextlib
 import gc
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from nanovllm.engine.batch import (
 from nanovllm.engine.cuda_graph import DecodeGraphs
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_output import PendingTokens, StepOutput, sampled_logprobs
+from nanovllm.engine.worker_group import WorkerGroup, deferred_interrupts
 from nanovllm.errors import EngineDeadError
 from nanovllm.kernels.request_state import advance_rows, gather_rows
 from nanovllm.kernels.sampling import gumbel_max
@@ -41,9 +42,6 @@ from nanovllm.utils.context import Context, set_context
 from nanovllm.utils.distributed import TensorParallel
 from nanovllm.utils.loader import load_model
 from nanovllm.utils.memory import free_ram_bytes
-
-if TYPE_CHECKING:
-    from nanovllm.engine.worker import WorkerGroup
 
 CPU_CACHE_SHARE = 0.25  # of the RAM that is free when the engine starts
 
@@ -68,11 +66,9 @@ class ModelRunner:
             self._start(connect, loaded)
 
     def _start_with_workers(self) -> None:
-        from nanovllm.engine import worker  # here, because there it is run as a program
-
         try:
-            with worker.deferred_interrupts():  # or processes could be there that nobody knows of
-                self.workers = workers = worker.WorkerGroup(self.config)
+            with deferred_interrupts():  # or processes could be there that nobody knows of
+                self.workers = workers = WorkerGroup(self.config)
                 weakref.finalize(self, workers.stop)  # should nobody get to call `exit`
             self._start(workers.connect, workers.loaded)
             workers.wait_for("started")

@@ -1,7 +1,7 @@
 """The shared memory through which rank 0 tells the others of a step: integers of a fixed layout, no pickle.
 
-Called by engine/worker.py. The memory has no name: it is an anonymous file that workers inherit, so nothing can be left
-behind and nobody else can open it. Waking a rank up is not done here but over its socket.
+Called by engine/worker_group.py and worker.py. The memory has no name: it is an anonymous file that workers inherit, so
+nothing can be left behind and nobody else can open it. Waking a rank up is not done here but over its socket.
 """
 
 import mmap

@@ -1,0 +1,363 @@
+"""Rank 0's side of the other tensor-parallel ranks: they start, are told of steps, die and end. Used by the runner.
+
+Each of them (engine/worker.py) is a process of its own, started as a program, so that no script needs a `__main__`
+guard. It inherits three files: a socket (a byte wakes it up; it answers in JSON), the memory of the step channel, and
+the read end of a pipe that closes when rank 0's process ends, however that happens.
+"""
+
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanovllm.config import Config
+from nanovllm.engine.batch import StepInput
+from nanovllm.engine.step_channel import StepChannel, max_step_size
+from nanovllm.errors import EngineDeadError
+from nanovllm.utils.distributed import Communicator, TensorParallel
+
+POLL_S = 0.2  # how often rank 0 looks after its workers, and a worker shows that it is alive
+END_S = 3.0  # for a worker to end by itself
+STATES = ("", "ready", "loaded", "started")  # what a worker says: about to meet the others, has its weights, has it all
+
+
+class WorkerGroup:
+    """Rank 0's view of the others. A thread watches them: when one dies or hangs, it ends all and `check` says so."""
+
+    def __init__(self, config: Config):
+        self.size = config.tensor_parallel_size
+        self.device = config.device
+        self.timeout_s = config.worker_timeout_s
+        self.pid = os.getpid()
+        self.failure: str | None = None
+        self.communicator: Communicator | None = None
+        self.sockets: list[socket.socket] = []
+        self.processes: list[subprocess.Popen] = []
+        self.progress = [0] * self.size  # which of STATES each rank has reached
+        self._watcher: threading.Thread | None = None
+        self._closed = False
+        self._lock = threading.RLock()  # the garbage collector may call `stop` within `fail`
+        self._held = ExitStack()  # what is given back at the end
+        try:
+            self._start_all(config)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start_all(self, config: Config) -> None:
+        # Where CPU ranks meet; nobody else may look in.
+        self.directory = tempfile.mkdtemp(prefix="nanovllm-")
+        self._held.callback(shutil.rmtree, self.directory, ignore_errors=True)
+        max_blocks = -(-config.max_model_len // config.kvcache_block_size)
+        step_size = max_step_size(config.max_num_batched_tokens, config.max_num_seqs, max_blocks)
+        self.channel = StepChannel(self.size, step_size)
+        self._held.callback(delattr, self, "channel")  # and with it what maps the memory
+        self._held.callback(os.close, self.channel.fd)
+        self.boot = {
+            "config": config_to_json(config),
+            "step_size": step_size,
+            "directory": self.directory,
+            "unique_id": "",
+            "num_threads": 0,
+        }
+        if self.device.type == "cuda":
+            from nanovllm.utils.nccl import make_unique_id
+
+            self.boot["unique_id"] = make_unique_id().hex()
+        else:
+            self.boot["num_threads"] = self._held.enter_context(shared_cores(self.size))
+        boot = json.dumps(self.boot, default=lambda number: number.item())  # numpy's are as good as Python's
+        lifeline, ours = os.pipe()
+        self._held.callback(os.close, ours)
+        with open(lifeline, "rb"):
+            for rank in range(1, self.size):
+                self._start(rank, lifeline)
+        for sock in self.sockets:
+            sock.sendall(boot.encode() + b"\n")
+        self._watcher = threading.Thread(target=self._watch, name="nanovllm-workers", daemon=True)
+        self._watcher.start()
+
+    def _start(self, rank: int, lifeline: int) -> None:
+        ours, theirs = socket.socketpair()
+        descriptors = theirs.fileno(), lifeline, self.channel.fd
+        package_root = str(Path(__file__).resolve().parents[2])  # where this very package is
+        path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nanovllm.engine.worker", str(rank), *map(str, descriptors)],
+            pass_fds=descriptors,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # a terminal's Ctrl-C is for rank 0 alone
+            env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+        )
+        theirs.close()
+        self.sockets.append(ours)
+        self.processes.append(process)
+
+    def connect(self) -> TensorParallel:
+        """Wait until every worker is about to meet the others, and meet them; EngineDeadError if one cannot."""
+        self.wait_for("ready")
+        results: list[Any] = []
+
+        def meet() -> None:
+            try:
+                if self.device.type == "cuda":  # a setting of each thread
+                    torch.cuda.set_device(self.device)
+                results.append(connect(self.boot, 0, self.size))
+            except BaseException as error:
+                results.append(error)
+
+        # In a thread of its own: who waits in there for a rank that has died waits for ever, and Ctrl-C does not help.
+        thread = threading.Thread(target=meet, name="nanovllm-connect", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            self.check()
+            thread.join(POLL_S / 10)
+        if isinstance(results[0], BaseException):
+            raise results[0]
+        self.communicator = results[0].communicator
+        return results[0]
+
+    def loaded(self) -> None:
+        """Wait until every worker has its weights, and hence has met all others."""
+        self.wait_for("loaded")
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def wait_for(self, state: str) -> None:
+        """Until every worker has said that it is that far; EngineDeadError if one is lost before."""
+        while min(self.progress[1:]) < STATES.index(state):
+            self.check()
+            time.sleep(POLL_S / 10)
+
+    @contextmanager
+    def together(self, step: StepInput) -> Iterator[None]:
+        """Around rank 0's own part of `step`: the others begin theirs.
+
+        Ctrl-C waits until all ranks have launched it. Whatever else goes wrong within leaves them waiting for each
+        other, so it is the end: EngineDeadError.
+        """
+        with deferred_interrupts():
+            try:
+                self.check()
+                while not self.channel.has_room():
+                    time.sleep(1e-4)
+                    self.check()
+                self.channel.send(step)
+                self._wake()
+                yield
+            except EngineDeadError:
+                raise
+            except BaseException as error:
+                self.is_lost()
+                self.fail(f"rank 0 failed in a step: {type(error).__name__}: {error}")
+                # Whoever keeps the exception keeps no tensors, and no graphs, for whose end the communicator's waits.
+                traceback.clear_frames(error.__traceback__)
+                raise EngineDeadError(self.failure) from error
+
+    def _wake(self) -> None:
+        for sock in self.sockets:
+            sock.send(b"\0")
+
+    def check(self) -> None:
+        """Raise EngineDeadError if a rank is lost."""
+        if self.failure is not None:
+            raise EngineDeadError(self.failure)
+        if os.getpid() != self.pid:
+            raise EngineDeadError(
+                f"this engine's ranks belong to process {self.pid}, of which this one is a fork: make another LLM here"
+            )
+
+    def is_lost(self) -> bool:
+        """Whether a rank is. What is done with a dead peer may fail before the watching thread has seen the death."""
+        deadline = time.monotonic() + 5 * POLL_S
+        while self.failure is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self.failure is not None
+
+    def fail(self, reason: str) -> None:
+        """End all ranks, and whatever waits for one of them."""
+        with self._lock:
+            if self.failure is None and not self._closed:
+                self.failure = reason
+        self._kill()
+        if self.communicator is not None:
+            self.communicator.abort()
+
+    def _watch(self) -> None:
+        try:
+            self._watch_until_lost()
+        except Exception as error:  # or nobody would notice a lost rank
+            self.fail(f"rank 0 cannot watch over the others: {type(error).__name__}: {error}")
+
+    def _watch_until_lost(self) -> None:
+        marks: dict[int, tuple[str, int]] = {}
+        num_polls: dict[int, int] = {}  # since the mark changed. No clock: it runs on while all processes are frozen
+        while not self._closed and self.failure is None:
+            ready = readable([sock.fileno() for sock in self.sockets])
+            for rank, (sock, process) in enumerate(zip(self.sockets, self.processes), 1):
+                if self._closed:
+                    return
+                if sock.fileno() in ready or process.poll() is not None:
+                    answer = receive_json(sock)
+                    if "state" not in answer:
+                        self.fail(self._describe(rank, answer))
+                        return
+                    self.progress[rank] = STATES.index(answer["state"])
+                if self.progress[rank] < STATES.index("loaded"):
+                    continue  # a driver that starts, or a slow disk, may stop all threads for long
+                # On a GPU a step is taken up at once, or the main thread hangs; a CPU may well compute for minutes.
+                num_done = int(self.channel.num_done[rank])
+                is_late = self.device.type == "cuda" and num_done < self.channel.num_sent
+                mark = ("step", num_done) if is_late else ("beat", int(self.channel.heartbeats[rank]))
+                if marks.get(rank) != mark:
+                    marks[rank], num_polls[rank] = mark, 0
+                num_polls[rank] += 1
+                if num_polls[rank] * POLL_S > self.timeout_s:
+                    self.fail(f"rank {rank} (process {process.pid}) has not moved for {self.timeout_s:g} s")
+                    return
+
+    def _describe(self, rank: int, answer: dict[str, Any]) -> str:
+        """How `rank` ended, and what it said last."""
+        process = self.processes[rank - 1]
+        try:
+            code: int | None = process.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            code = None
+        reason = f": {answer['error']}" if "error" in answer else ""
+        return f"rank {rank} (process {process.pid}) ended with exit code {code}{reason}"
+
+    def stop(self) -> None:
+        """End the workers, kindly first; harmless when repeated. Ctrl-C waits until they have ended."""
+        if os.getpid() != self.pid:  # a fork of rank 0's process does not own them
+            return
+        with deferred_interrupts():
+            with self._lock:
+                if self._closed:
+                    return
+                self._closed = True
+            self._end_kindly()
+            self._kill()
+            if self.communicator is not None:
+                self.communicator.abort()
+            # The garbage collector calls this from any thread.
+            if self._watcher is not None and self._watcher is not threading.current_thread():
+                self._watcher.join()
+            self.communicator = None
+            for sock in self.sockets:
+                sock.close()
+            self._held.close()
+
+    def _end_kindly(self) -> None:
+        if self.failure is not None or min(self.progress[1:]) < STATES.index("started"):
+            return
+        if self.channel.num_sent > self.channel.num_done[1:].min():
+            return
+        with suppress(subprocess.TimeoutExpired, OSError):
+            self.channel.send(None)
+            self._wake()
+            deadline = time.monotonic() + END_S
+            for process in self.processes:
+                process.wait(timeout=max(0.0, deadline - time.monotonic()))
+
+    def _kill(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+        for process in self.processes:
+            with suppress(subprocess.TimeoutExpired):  # in a driver's call that does not return: it ends with that
+                process.wait(timeout=END_S)
+
+
+def num_cores() -> int:
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_thread_limits: list[int] = []  # torch's own, and those of the groups that there are
+
+
+@contextmanager
+def shared_cores(size: int) -> Iterator[int]:
+    """How many threads each of `size` ranks on CPUs may use; this process keeps to it. Groups may end in any order."""
+    if not _thread_limits:
+        _thread_limits.append(torch.get_num_threads())
+    limit = min(_thread_limits[0], max(1, num_cores() // size))
+    _thread_limits.append(limit)
+    torch.set_num_threads(min(_thread_limits))
+    try:
+        yield limit
+    finally:
+        del _thread_limits[_thread_limits.index(limit, 1)]
+        torch.set_num_threads(min(_thread_limits))
+        if len(_thread_limits) == 1:
+            _thread_limits.clear()
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[None]:
+    """Ctrl-C takes effect when the block is left."""
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield
+        return
+    caught: list[tuple[Any, ...]] = []
+    signal.signal(signal.SIGINT, lambda *args: caught.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if caught:
+            previous(*caught[0])
+
+
+def config_to_json(config: Config) -> dict[str, Any]:
+    """The arguments of `Config` that make the same one in another process."""
+    arguments = {field.name: getattr(config, field.name) for field in fields(config) if field.init}
+    return {**arguments, "dtype": str(config.dtype).removeprefix("torch."), "device": str(config.device)}
+
+
+def connect(boot: dict[str, Any], rank: int, size: int) -> TensorParallel:
+    """Meet the other ranks."""
+    if boot["unique_id"]:
+        from nanovllm.utils.nccl import NcclCommunicator
+
+        return TensorParallel(rank, size, NcclCommunicator(bytes.fromhex(boot["unique_id"]), rank, size))
+    from nanovllm.utils.gloo import GlooCommunicator
+
+    return TensorParallel(rank, size, GlooCommunicator(os.path.join(boot["directory"], "store"), rank, size))
+
+
+def readable(fds: list[int]) -> set[int]:
+    """Those with something to read, or at their end; after POLL_S none. `select` fails for descriptors beyond 1023."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return {fd for fd, _ in poll.poll(1000 * POLL_S)}
+
+
+def receive_json(sock: socket.socket) -> dict[str, Any]:
+    """One line; empty if the other side is gone."""
+    line = b""
+    while not line.endswith(b"\n"):
+        try:
+            byte = sock.recv(1)
+        except OSError:
+            return {}
+        if not byte:
+            return {}
+        line += byte
+    return json.loads(line)
