@@ -306,7 +306,8 @@ class ModelRunner:
 
     @property
     def _num_kv_heads(self) -> int:
-        return self.tp.kv_heads(self.config.hf_config.num_key_value_heads)
+        # Not by `self.tp`, which is gone after `exit`.
+        return TensorParallel(0, self.config.tensor_parallel_size).kv_heads(self.config.hf_config.num_key_value_heads)
 
     @property
     def _head_dim(self) -> int:
