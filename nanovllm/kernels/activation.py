@@ -1,19 +1,24 @@
 """silu(gate) * up over a packed product. Called by kernels/linear.py and layers/linear.py."""
 
 import torch
+import torch.nn.functional as F
 
 from nanovllm.kernels.triton_utils import jit, launch_options, pdl_wait, tl, use_triton
 
 
-def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
-    """x [T, 2·I], gate in the first half and up in the second -> [T, I], computed in float32."""
-    return silu_and_mul_triton(x) if use_triton(x) else silu_and_mul_torch(x)
+def silu_and_mul(x: torch.Tensor, invariant: bool = False) -> torch.Tensor:
+    """x [T, 2·I], gate in the first half and up in the second -> [T, I], computed in float32.
+
+    invariant: an element's bits do not depend on its place in x.
+    """
+    return silu_and_mul_triton(x) if use_triton(x) else silu_and_mul_torch(x, invariant)
 
 
-def silu_and_mul_torch(x: torch.Tensor) -> torch.Tensor:
+def silu_and_mul_torch(x: torch.Tensor, invariant: bool = False) -> torch.Tensor:
     gate, up = x.float().chunk(2, -1)
-    # Not F.silu: torch rounds it differently at the end of a tensor, where vectors no longer fit, than in the middle.
-    return (gate / (1 + torch.exp(-gate)) * up).to(x.dtype)
+    # F.silu rounds differently at the end of a tensor, where vectors no longer fit, than in the middle.
+    silu = gate / (1 + torch.exp(-gate)) if invariant else F.silu(gate)
+    return (silu * up).to(x.dtype)
 
 
 def silu_and_mul_triton(x: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,7 @@ class MergedColumnParallelLinear(LinearBase):
             return norm_linear(x, residual, norm.weight, norm.eps, self.weight, gated)
         x, residual = norm(x, residual)
         out = self.product(x)
-        return (silu_and_mul(out) if gated else out), residual
+        return (silu_and_mul(out, self.invariant) if gated else out), residual
 
 
 class ColumnParallelLinear(MergedColumnParallelLinear):
