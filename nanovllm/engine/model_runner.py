@@ -174,10 +174,11 @@ class ModelRunner:
         """`run_prefill` where some row asks for more than a temperature."""
         logits, hidden_states = self.forward_prefill(batch)
         runs = []
+        wanted = prompt_logprob_runs(seqs) if seqs is not None else []
         for i, (begin, end) in enumerate(step.logprob_runs):
             run_logits = self.full_logits(self.model.compute_logits(hidden_states[begin:end]))
             if seqs is not None:
-                row, first, _, _ = prompt_logprob_runs(seqs)[i]
+                row, first, _, _ = wanted[i]
                 token_ids = torch.tensor(seqs[row].token_ids[first : first + end - begin], device=self.device)
                 k = seqs[row].sampling_params.prompt_logprobs or 0
                 runs.append((row, first, compute_logprobs(run_logits, token_ids, k)))
