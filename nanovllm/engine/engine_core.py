@@ -1,7 +1,6 @@
 """The loop of schedule, run and postprocess, and who owns what of it. The base class of `LLMEngine`."""
 
 import logging
-import threading
 import time
 import traceback
 import weakref
@@ -16,6 +15,7 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.fair_lock import FairLock
 from nanovllm.engine.faults import diagnosed, release_memory
 from nanovllm.engine.input_processor import InputProcessor, Prompt, load_tokenizer
 from nanovllm.engine.model_runner import ModelRunner, PendingTokens
@@ -65,9 +65,7 @@ class EngineCore:
         self._step_call = Call()  # of the requests that `add_request` queued and `step` reports
         self._death: EngineDeadError | None = None
         self._interrupted = False  # whoever changed the state above did not get to the end
-        # Not a Lock: Ctrl-C may strike where a `with` is left, and the clean-up must get in all the same.
-        self._lock = threading.RLock()
-        self._busy_thread: int | None = None  # which holds the lock
+        self._lock = FairLock()
         self._aborts: deque[int] = deque()  # asked for in the middle of a step
         logger.info(
             "%s on %s in %s, attention by %s, cache of %d blocks (%d tokens), ready in %.2f s",
@@ -113,17 +111,16 @@ class EngineCore:
         self._aborts.append(check_int("request_id", request_id, 0))
         # A user's callable may ask in the middle of a step, and so may the garbage collector, when it finds a stream
         # that was left: then the step does it at its end. In an engine closed or dead there is nothing left to end.
-        if self._finalizer.alive and self._death is None and self._busy_thread != threading.get_ident():
+        if self._finalizer.alive and self._death is None and not self._lock.is_mine:
             with self._exclusive():
                 self._abort_all()
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         """Alone with the state of the requests, which is put in order first if the last one here was interrupted."""
-        with self._lock, torch.cuda.device(self._cuda_index):
+        with self._lock.held(), torch.cuda.device(self._cuda_index):
             self._check_open()
             try:
-                self._busy_thread = threading.get_ident()
                 if self._interrupted:
                     self._recover()
                 self._interrupted = True
@@ -132,8 +129,6 @@ class EngineCore:
             except EngineDeadError as error:
                 self._death = error
                 raise
-            finally:
-                self._busy_thread = None
 
     def _step(self) -> int:
         """Returns the number of tokens launched. To be called within `_exclusive`."""
@@ -268,7 +263,7 @@ class EngineCore:
     def _enqueue(self, requests: list[Request], call: Call, stream: bool = False) -> None:
         self._check_open()
         try:
-            with self._lock:
+            with self._lock.held():
                 for request in requests:
                     request.call = call
                     call.unfinished.add(request.request_id)
@@ -289,7 +284,7 @@ class EngineCore:
             self._requests.pop(request.request_id, None)
         if self._death is not None:  # nothing is left to put in order
             return
-        with self._lock:
+        with self._lock.held():
             self._interrupted = True
             with self._exclusive():  # which recovers
                 pass
@@ -299,7 +294,7 @@ class EngineCore:
     def exit(self) -> None:
         """Give back memory and processes; harmless when repeated. The engine cannot be used afterwards."""
         self._check_not_in_step()
-        with self._lock:  # not in the middle of another thread's step
+        with self._lock.held():  # not in the middle of another thread's step
             self._finalizer()
 
     def _is_in_step(self) -> bool:
@@ -308,7 +303,7 @@ class EngineCore:
         The call stack is asked, because a flag could be left set by a Ctrl-C between two lines.
         """
         code = EngineCore._step.__code__
-        return self._busy_thread == threading.get_ident() and any(
+        return self._lock.is_mine and any(
             frame.f_code is code and frame.f_locals["self"] is self for frame, _ in traceback.walk_stack(None)
         )
 
