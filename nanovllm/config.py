@@ -108,6 +108,11 @@ class Config:
         for name, value in resolved.items():
             object.__setattr__(self, name, value)
 
+    @property
+    def max_blocks(self) -> int:
+        """Of one sequence."""
+        return -(-self.max_model_len // self.kvcache_block_size)
+
 
 def find_checkpoint(model: str | Path) -> Path:
     """The local directory of a checkpoint; a hub id is downloaded, only the files that the engine reads."""

@@ -37,7 +37,7 @@ from helpers import (
 )
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine import model_runner
+from nanovllm.engine import kv_cache
 from nanovllm.engine.cuda_graph import batch_buckets
 
 FREQUENT_EOS = list(range(0, VOCAB_SIZE, 29))  # one token in 29 ends a completion
@@ -565,12 +565,12 @@ def test_the_cache_on_cpu_is_a_share_of_free_ram(checkpoints, monkeypatch):
     checkpoint = checkpoints("qwen3")
 
     def num_blocks(free_bytes: int) -> int:
-        monkeypatch.setattr(model_runner, "free_ram_bytes", lambda: free_bytes)
+        monkeypatch.setattr(kv_cache, "free_ram_bytes", lambda: free_bytes)
         return checkpoint.llm(num_kvcache_blocks=-1).model_runner.num_kvcache_blocks
 
     block_bytes = checkpoint.llm().model_runner.block_bytes
     assert block_bytes == 2 * 2 * 16 * 2 * 16 * 4  # keys and values, layers, tokens, kv heads, head_dim, float32
-    share = model_runner.CPU_CACHE_SHARE
+    share = kv_cache.CPU_CACHE_SHARE
     assert num_blocks(int(100.5 * block_bytes / share)) == 100
     assert num_blocks(2**40) == 64 * 16  # every sequence at its longest: more would never be used
     with pytest.raises(ValueError, match="no memory for a KV cache"):

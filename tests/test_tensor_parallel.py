@@ -24,8 +24,9 @@ from nanovllm.engine import batch, engine_core, worker_group
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_channel import FIELDS, StepChannel, max_step_size
-from nanovllm.utils import nccl
+from nanovllm.utils import nccl, threads
 from nanovllm.utils.distributed import TensorParallel, check_divisible
+from nanovllm.utils.interrupts import deferred_interrupts
 
 FIRST_ANSWER_S = 120  # for a child process to start; a bound on hanging, not on speed
 OPTIONS: dict[str, Any] = {
@@ -465,16 +466,16 @@ def test_threads_are_given_back_in_any_order():
     before = torch.get_num_threads()
     torch.set_num_threads(7)
     try:
-        a, b = worker_group.shared_cores(2), worker_group.shared_cores(4)
+        a, b = threads.shared_cores(2), threads.shared_cores(4)
         limits = a.__enter__(), b.__enter__()
-        assert limits == (min(7, max(1, worker_group.num_cores() // 2)), min(7, max(1, worker_group.num_cores() // 4)))
+        assert limits == (min(7, max(1, threads.num_cores() // 2)), min(7, max(1, threads.num_cores() // 4)))
         assert torch.get_num_threads() == min(limits)
         a.__exit__(None, None, None)
         assert torch.get_num_threads() == limits[1]
         b.__exit__(None, None, None)
         assert torch.get_num_threads() == 7
         torch.set_num_threads(1)  # by the user, or OMP_NUM_THREADS: not more on any rank
-        with worker_group.shared_cores(2) as limit:
+        with threads.shared_cores(2) as limit:
             assert limit == 1
     finally:
         torch.set_num_threads(before)
@@ -587,7 +588,7 @@ def test_ctrl_c_waits_for_the_end_of_a_launch():
     order = []
 
     def launch() -> None:
-        with worker_group.deferred_interrupts():
+        with deferred_interrupts():
             os.kill(os.getpid(), signal.SIGINT)
             for _ in range(1000):
                 order.append("launching")

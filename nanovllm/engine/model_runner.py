@@ -9,11 +9,10 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from nanovllm.attention import load_backend
-from nanovllm.config import Config, head_dim
+from nanovllm.config import Config
 from nanovllm.engine.batch import (
     DecodeBatch,
     PrefillBatch,
@@ -27,23 +26,19 @@ from nanovllm.engine.batch import (
     prompt_logprob_runs,
 )
 from nanovllm.engine.cuda_graph import DecodeGraphs
+from nanovllm.engine.kv_cache import block_bytes, choose_num_blocks, measure_reserve, new_cache
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_output import PendingTokens, StepOutput, sampled_logprobs
-from nanovllm.engine.worker_group import WorkerGroup, deferred_interrupts
-from nanovllm.errors import EngineDeadError
+from nanovllm.engine.worker_group import WorkerGroup
 from nanovllm.kernels.request_state import advance_rows, gather_rows
 from nanovllm.kernels.sampling import gumbel_max
 from nanovllm.layers.attention import Attention
-from nanovllm.layers.embed_head import ParallelLMHead
-from nanovllm.layers.linear import LinearBase
 from nanovllm.layers.sampler import Sampler, compute_logprobs
-from nanovllm.models import get_model_class
+from nanovllm.models import build_model, get_model_class
 from nanovllm.utils.context import Context, set_context
 from nanovllm.utils.distributed import TensorParallel
+from nanovllm.utils.interrupts import deferred_interrupts
 from nanovllm.utils.loader import load_model
-from nanovllm.utils.memory import free_ram_bytes
-
-CPU_CACHE_SHARE = 0.25  # of the RAM that is free when the engine starts
 
 
 class ModelRunner:
@@ -58,7 +53,6 @@ class ModelRunner:
         self.config = config
         self.device: torch.device = config.device
         self.block_size = config.kvcache_block_size
-        self.max_blocks = -(-config.max_model_len // self.block_size)  # of one sequence
         self.workers: WorkerGroup | None = None
         if config.tensor_parallel_size > 1 and rank == 0:
             self._start_with_workers()
@@ -73,14 +67,8 @@ class ModelRunner:
             self._start(workers.connect, workers.loaded)
             workers.wait_for("started")
         except BaseException as error:
-            if self.workers is None:
-                raise
-            # What both ranks find wrong, memory above all, rank 0 says best; only talking to a lost one fails this way.
-            is_failed_call = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
-            is_lost = is_failed_call and self.workers.is_lost()
-            self.workers.stop()
-            if is_lost and not isinstance(error, EngineDeadError):
-                raise EngineDeadError(self.workers.failure) from error
+            if self.workers is not None:
+                self.workers.abandon_start(error)
             raise
 
     def _start(self, connect: Callable[[], TensorParallel], loaded: Callable[[], None]) -> None:
@@ -91,9 +79,6 @@ class ModelRunner:
         self.tp = connect()
         self.model = build_model(model_class, config, self.tp)
         load_model(self.model, config.model)
-        for module in self.model.modules():
-            if isinstance(module, (LinearBase, ParallelLMHead)):
-                module.invariant = config.deterministic
         loaded()
         self.sampler = Sampler()
         self.last_decode: DecodeBatch | None = None
@@ -282,105 +267,26 @@ class ModelRunner:
 
     # ---- memory ----
 
+    @property
+    def block_bytes(self) -> int:
+        return block_bytes(self.config)
+
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """The cache, one block more than `num_blocks` for padding rows, bound to the attention layers."""
-        shape = (2, self._num_layers, num_blocks + 1, self.block_size, self._num_kv_heads, self._head_dim)
-        if self.device.type == "cpu":
-            # numpy's zeros, unlike torch's, take no memory before they are written: a cache never filled costs nothing.
-            num_bytes = (num_blocks + 1) * self.block_bytes
-            self.kv_cache = torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(self.config.dtype).view(shape)
-        else:
-            self.kv_cache = torch.zeros(shape, dtype=self.config.dtype, device=self.device)
+        self.kv_cache = new_cache(self.config, num_blocks + 1)
         layers = [module for module in self.model.modules() if isinstance(module, Attention)]
         for layer, k_cache, v_cache in zip(layers, *self.kv_cache, strict=True):
             layer.k_cache, layer.v_cache, layer.backend = k_cache, v_cache, self.backend
-        self.state = RequestState(self.config.max_num_seqs, self.max_blocks, num_blocks, self.device)
-
-    @property
-    def block_bytes(self) -> int:
-        per_token = 2 * self._num_layers * self._num_kv_heads * self._head_dim * self.config.dtype.itemsize
-        return per_token * self.block_size
-
-    @property
-    def _num_layers(self) -> int:
-        return self.config.hf_config.num_hidden_layers
-
-    @property
-    def _num_kv_heads(self) -> int:
-        # Not by `self.tp`, which is gone after `exit`.
-        return TensorParallel(0, self.config.tensor_parallel_size).kv_heads(self.config.hf_config.num_key_value_heads)
-
-    @property
-    def _head_dim(self) -> int:
-        return head_dim(self.config.hf_config)
-
-    def _memory_used_bytes(self) -> int:
-        """Of the GPU, by whomever."""
-        free, total = torch.cuda.mem_get_info(self.device)
-        return total - free
-
-    def _choose_num_blocks(self) -> int:
-        """What the user said, or as many blocks as fit beside everything else, or as all rows at full length need."""
-        config = self.config
-        if config.num_kvcache_blocks != -1:
-            if self.device.type == "cuda":
-                self.warmup_model()
-            self._check_cache_fits(config.num_kvcache_blocks)
-            return config.num_kvcache_blocks
-        if self.device.type == "cuda":
-            reserve_bytes = self.warmup_model()
-            _, total = torch.cuda.mem_get_info(self.device)
-            available = total * config.gpu_memory_utilization - self._memory_used_bytes() - reserve_bytes
-        else:
-            available = free_ram_bytes() * CPU_CACHE_SHARE / self.tp.size
-        num_blocks = min(int(available // self.block_bytes), config.max_num_seqs * self.max_blocks)
-        num_blocks = int(self.tp.all_gather(torch.tensor([num_blocks], device=self.device)).min())  # what all can hold
-        if num_blocks < 1:
-            raise ValueError(
-                f"no memory for a KV cache: {available / 2**20:.0f} MiB are left, and one block of {self.block_size} "
-                f"tokens takes {self.block_bytes / 2**20:.0f}; raise gpu_memory_utilization, now "
-                f"{config.gpu_memory_utilization}, or lower max_num_batched_tokens, now {config.max_num_batched_tokens}"
-            )
-        return num_blocks
-
-    def _check_cache_fits(self, num_blocks: int) -> None:
-        """Of a number that the user gave: taken block by block on a CPU, memory would run out in the middle of work."""
-        is_cuda = self.device.type == "cuda"
-        free = torch.cuda.mem_get_info(self.device)[0] if is_cuda else free_ram_bytes() // self.tp.size
-        if num_blocks * self.block_bytes > free:
-            raise ValueError(
-                f"num_kvcache_blocks={num_blocks} blocks of {self.block_size} tokens take "
-                f"{num_blocks * self.block_bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} are free: lower it, or leave "
-                "it at -1 to have as many as fit"
-            )
+        self.state = RequestState(self.config.max_num_seqs, self.config.max_blocks, num_blocks, self.device)
 
     def warmup_model(self) -> int:
-        """Run the largest batch and capture the largest graph against a cache of one block, then let both go.
+        """Run the largest step, which compiles every kernel, and return the bytes that it needs beyond what stays."""
+        return measure_reserve(self)
 
-        Returns the bytes that they needed beyond what stays: activations, and a graph's memory. Compiles every kernel.
-        """
-        config = self.config
-        self.allocate_kv_cache(1)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        num_tokens = config.max_num_batched_tokens
-        num_seqs = min(config.max_num_seqs, num_tokens)
-        lens = [num_tokens // num_seqs + (i < num_tokens % num_seqs) for i in range(num_seqs)]
-        lens = [min(length, config.max_model_len) for length in lens]
-        self.run_prefill(dummy_prefill(lens, self.state.padding_row, self.device))
-        self.state.num_cached_tokens.zero_()  # or the padding row's next position would be past its block table
-        torch.cuda.synchronize()
-        reserve_bytes = torch.cuda.max_memory_allocated() - before
-        torch.cuda.empty_cache()
-        if self.graphs is not None:
-            before = self._memory_used_bytes()
-            self.graphs.capture(self.graphs.buckets[-1])
-            torch.cuda.synchronize()
-            reserve_bytes += self._memory_used_bytes() - before
-            self.graphs.clear()
-        gc.collect()
-        torch.cuda.empty_cache()
-        return reserve_bytes
+    def _choose_num_blocks(self) -> int:
+        # On CUDA also if the user has chosen: no kernel is compiled in the middle of work.
+        reserve_bytes = self.warmup_model() if self.device.type == "cuda" else 0
+        return choose_num_blocks(self.config, self.tp, reserve_bytes)
 
     def exit(self) -> None:
         """Give back processes and the device's memory; harmless when repeated."""
@@ -399,36 +305,3 @@ class ModelRunner:
                 with contextlib.suppress(RuntimeError):  # of a device that is lost
                     torch.cuda.synchronize(self.device)
                     torch.cuda.empty_cache()
-
-
-def build_model(model_class: type, config: Config, tp: TensorParallel) -> Any:
-    """An uninitialised model whose parameters are already on the device, in the dtype, that they will be used in."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(config.dtype)
-    try:
-        with torch.device(config.device):
-            model = model_class(config.hf_config, config.max_model_len, config.device, tp)
-    finally:
-        torch.set_default_dtype(default)
-    return model.eval().requires_grad_(False)
-
-
-def dummy_prefill(lens: list[int], row: int, device: torch.device) -> PrefillBatch:
-    """Prompts of the given lengths, all in one row whose KV nobody reads."""
-    num_tokens, num_seqs = sum(lens), len(lens)
-    zeros = torch.zeros(num_tokens, dtype=torch.int64, device=device)
-    context_lens = torch.tensor(lens, device=device)
-    return PrefillBatch(
-        num_decodes=0,
-        max_seqlen_q=max(lens),
-        max_context_len=max(lens),
-        input_ids=zeros.clone(),
-        positions=zeros.clone(),
-        slot_mapping=zeros.clone(),
-        rows=torch.full((num_seqs,), row, device=device),
-        context_lens=context_lens,
-        cu_seqlens_q=torch.nn.functional.pad(context_lens.cumsum(0), (1, 0)),
-        block_updates=None,
-        seeds=torch.zeros(num_seqs, dtype=torch.int64, device=device),
-        temperatures=torch.ones(num_seqs, device=device),
-    )

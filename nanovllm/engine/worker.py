@@ -14,9 +14,9 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.batch import StepInput
+from nanovllm.engine.handshake import connect, readable, receive_json
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.step_channel import StepChannel
-from nanovllm.engine.worker_group import connect, readable, receive_json
 from nanovllm.utils.distributed import TensorParallel
 
 

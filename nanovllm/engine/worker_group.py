@@ -7,9 +7,7 @@ the read end of a pipe that closes when rank 0's process ends, however that happ
 
 import json
 import os
-import select
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +17,6 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +24,14 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.batch import StepInput
+from nanovllm.engine.handshake import POLL_S, STATES, config_to_json, connect, readable, receive_json
 from nanovllm.engine.step_channel import StepChannel, max_step_size
 from nanovllm.errors import EngineDeadError
 from nanovllm.utils.distributed import Communicator, TensorParallel
+from nanovllm.utils.interrupts import deferred_interrupts
+from nanovllm.utils.threads import shared_cores
 
-POLL_S = 0.2  # how often rank 0 looks after its workers, and a worker shows that it is alive
 END_S = 3.0  # for a worker to end by itself
-STATES = ("", "ready", "loaded", "started")  # what a worker says: about to meet the others, has its weights, has it all
 
 
 class WorkerGroup:
@@ -63,8 +61,7 @@ class WorkerGroup:
         # Where CPU ranks meet; nobody else may look in.
         self.directory = tempfile.mkdtemp(prefix="nanovllm-")
         self._held.callback(shutil.rmtree, self.directory, ignore_errors=True)
-        max_blocks = -(-config.max_model_len // config.kvcache_block_size)
-        step_size = max_step_size(config.max_num_batched_tokens, config.max_num_seqs, max_blocks)
+        step_size = max_step_size(config.max_num_batched_tokens, config.max_num_seqs, config.max_blocks)
         self.channel = StepChannel(self.size, step_size)
         self._held.callback(delattr, self, "channel")  # and with it what maps the memory
         self._held.callback(os.close, self.channel.fd)
@@ -142,6 +139,15 @@ class WorkerGroup:
         while min(self.progress[1:]) < STATES.index(state):
             self.check()
             time.sleep(POLL_S / 10)
+
+    def abandon_start(self, error: BaseException) -> None:
+        """End the workers, since rank 0 cannot start; EngineDeadError if `error` only says that one was lost."""
+        # What both ranks find wrong, memory above all, rank 0 says best; only talking to a lost one fails this way.
+        is_failed_call = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
+        is_lost = is_failed_call and self.is_lost()
+        self.stop()
+        if is_lost and not isinstance(error, EngineDeadError):
+            raise EngineDeadError(self.failure) from error
 
     @contextmanager
     def together(self, step: StepInput) -> Iterator[None]:
@@ -280,84 +286,3 @@ class WorkerGroup:
         for process in self.processes:
             with suppress(subprocess.TimeoutExpired):  # in a driver's call that does not return: it ends with that
                 process.wait(timeout=END_S)
-
-
-def num_cores() -> int:
-    """Those that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-_thread_limits: list[int] = []  # torch's own, and those of the groups that there are
-
-
-@contextmanager
-def shared_cores(size: int) -> Iterator[int]:
-    """How many threads each of `size` ranks on CPUs may use; this process keeps to it. Groups may end in any order."""
-    if not _thread_limits:
-        _thread_limits.append(torch.get_num_threads())
-    limit = min(_thread_limits[0], max(1, num_cores() // size))
-    _thread_limits.append(limit)
-    torch.set_num_threads(min(_thread_limits))
-    try:
-        yield limit
-    finally:
-        del _thread_limits[_thread_limits.index(limit, 1)]
-        torch.set_num_threads(min(_thread_limits))
-        if len(_thread_limits) == 1:
-            _thread_limits.clear()
-
-
-@contextmanager
-def deferred_interrupts() -> Iterator[None]:
-    """Ctrl-C takes effect when the block is left."""
-    previous = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(previous):
-        yield
-        return
-    caught: list[tuple[Any, ...]] = []
-    signal.signal(signal.SIGINT, lambda *args: caught.append(args))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if caught:
-            previous(*caught[0])
-
-
-def config_to_json(config: Config) -> dict[str, Any]:
-    """The arguments of `Config` that make the same one in another process."""
-    arguments = {field.name: getattr(config, field.name) for field in fields(config) if field.init}
-    return {**arguments, "dtype": str(config.dtype).removeprefix("torch."), "device": str(config.device)}
-
-
-def connect(boot: dict[str, Any], rank: int, size: int) -> TensorParallel:
-    """Meet the other ranks."""
-    if boot["unique_id"]:
-        from nanovllm.utils.nccl import NcclCommunicator
-
-        return TensorParallel(rank, size, NcclCommunicator(bytes.fromhex(boot["unique_id"]), rank, size))
-    from nanovllm.utils.gloo import GlooCommunicator
-
-    return TensorParallel(rank, size, GlooCommunicator(os.path.join(boot["directory"], "store"), rank, size))
-
-
-def readable(fds: list[int]) -> set[int]:
-    """Those with something to read, or at their end; after POLL_S none. `select` fails for descriptors beyond 1023."""
-    poll = select.poll()
-    for fd in fds:
-        poll.register(fd, select.POLLIN)
-    return {fd for fd, _ in poll.poll(1000 * POLL_S)}
-
-
-def receive_json(sock: socket.socket) -> dict[str, Any]:
-    """One line; empty if the other side is gone."""
-    line = b""
-    while not line.endswith(b"\n"):
-        try:
-            byte = sock.recv(1)
-        except OSError:
-            return {}
-        if not byte:
-            return {}
-        line += byte
-    return json.loads(line)

@@ -21,7 +21,7 @@ from nanovllm.utils.loader import check_dim, copy_exact
 class LinearBase(nn.Module):
     """A weight [out, in] and maybe a bias [out], as held by this rank."""
 
-    invariant = False  # set by the runner: products whose rows do not depend on each other's number
+    invariant = False  # set by models.build_model: products whose rows do not depend on each other's number
 
     def __init__(self, input_size: int, output_size: int, bias: bool, tp: TensorParallel):
         super().__init__()

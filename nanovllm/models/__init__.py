@@ -1,7 +1,14 @@
-"""Model families by the name in a checkpoint's `architectures`; one short file each."""
+"""Model families by the name in a checkpoint's `architectures`; one short file each. Called by the model runner."""
 
 import importlib
 from typing import Any
+
+import torch
+
+from nanovllm.config import Config
+from nanovllm.layers.embed_head import ParallelLMHead
+from nanovllm.layers.linear import LinearBase
+from nanovllm.utils.distributed import TensorParallel
 
 MODELS = {
     "LlamaForCausalLM": "nanovllm.models.llama",
@@ -28,3 +35,18 @@ def get_model_class(hf_config: Any) -> type:
     if getattr(hf_config, "hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act={hf_config.hidden_act!r} is not supported; only 'silu' is")
     return getattr(importlib.import_module(MODELS[name]), name)
+
+
+def build_model(model_class: type, config: Config, tp: TensorParallel) -> Any:
+    """An uninitialised model whose parameters are already on the device, in the dtype, that they will be used in."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(config.dtype)
+    try:
+        with torch.device(config.device):
+            model = model_class(config.hf_config, config.max_model_len, config.device, tp)
+    finally:
+        torch.set_default_dtype(default)
+    for module in model.modules():
+        if isinstance(module, (LinearBase, ParallelLMHead)):
+            module.invariant = config.deterministic
+    return model.eval().requires_grad_(False)

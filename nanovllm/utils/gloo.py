@@ -1,4 +1,4 @@
-"""Ranks on CPUs: torch's gloo over the loopback interface. Made by engine/worker_group.py."""
+"""Ranks on CPUs: torch's gloo over the loopback interface. Made by engine/handshake.py."""
 
 from datetime import timedelta
 from typing import Any

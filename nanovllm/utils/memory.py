@@ -1,4 +1,4 @@
-"""How much RAM there is. Called by engine/model_runner.py to size the cache of a CPU."""
+"""How much RAM there is. Called by engine/kv_cache.py to size the cache of a CPU."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Ranks on GPUs: the few functions of NCCL that we need, on torch's current stream. Made by engine/worker_group.py.
+"""Ranks on GPUs: the few functions of NCCL that we need, on torch's current stream. Made by engine/handshake.py.
 
 Not torch.distributed's process group: that one runs collectives on a stream of its own, which costs two event waits
 each inside a captured step, and its watchdog ends the process when a peer dies, where we raise an exception.

@@ -1,0 +1,136 @@
+"""The KV cache of one rank: how large a block is, how many blocks there is room for, and the memory itself.
+
+Called by engine/model_runner.py when it starts.
+"""
+
+import gc
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from nanovllm.config import Config, head_dim
+from nanovllm.engine.batch import PrefillBatch
+from nanovllm.utils.distributed import TensorParallel
+from nanovllm.utils.memory import free_ram_bytes
+
+if TYPE_CHECKING:
+    from nanovllm.engine.model_runner import ModelRunner
+
+CPU_CACHE_SHARE = 0.25  # of the RAM that is free when the engine starts
+
+
+def cache_shape(config: Config, num_blocks: int) -> tuple[int, ...]:
+    """[keys and values, layers, blocks, tokens of a block, this rank's kv heads, head_dim]; the same on all ranks."""
+    hf_config = config.hf_config
+    num_kv_heads = TensorParallel(0, config.tensor_parallel_size).kv_heads(hf_config.num_key_value_heads)
+    return 2, hf_config.num_hidden_layers, num_blocks, config.kvcache_block_size, num_kv_heads, head_dim(hf_config)
+
+
+def block_bytes(config: Config) -> int:
+    return math.prod(cache_shape(config, 1)) * config.dtype.itemsize
+
+
+def new_cache(config: Config, num_blocks: int) -> torch.Tensor:
+    """Zeros, of `cache_shape`."""
+    shape = cache_shape(config, num_blocks)
+    if config.device.type == "cpu":
+        # numpy's zeros, unlike torch's, take no memory before they are written: a cache never filled costs nothing.
+        return torch.from_numpy(np.zeros(num_blocks * block_bytes(config), np.uint8)).view(config.dtype).view(shape)
+    return torch.zeros(shape, dtype=config.dtype, device=config.device)
+
+
+def choose_num_blocks(config: Config, tp: TensorParallel, reserve_bytes: int) -> int:
+    """What the user said, or as many blocks as fit beside everything else, or as all rows at full length need.
+
+    reserve_bytes: of a GPU, what a step needs beside the cache and what is there already (see `measure_reserve`).
+    Raises ValueError if not one block fits, or not as many as the user said.
+    """
+    device, num_bytes = config.device, block_bytes(config)
+    if config.num_kvcache_blocks != -1:
+        check_cache_fits(config, tp)
+        return config.num_kvcache_blocks
+    if device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(device)
+        available = total * config.gpu_memory_utilization - memory_used_bytes(device) - reserve_bytes
+    else:
+        available = free_ram_bytes() * CPU_CACHE_SHARE / tp.size
+    num_blocks = min(int(available // num_bytes), config.max_num_seqs * config.max_blocks)
+    num_blocks = int(tp.all_gather(torch.tensor([num_blocks], device=device)).min())  # what all can hold
+    if num_blocks < 1:
+        raise ValueError(
+            f"no memory for a KV cache: {available / 2**20:.0f} MiB are left, and one block of "
+            f"{config.kvcache_block_size} tokens takes {num_bytes / 2**20:.0f}; raise gpu_memory_utilization, now "
+            f"{config.gpu_memory_utilization}, or lower max_num_batched_tokens, now {config.max_num_batched_tokens}"
+        )
+    return num_blocks
+
+
+def check_cache_fits(config: Config, tp: TensorParallel) -> None:
+    """Of a number that the user gave: taken block by block on a CPU, memory would run out in the middle of work."""
+    num_blocks, num_bytes = config.num_kvcache_blocks, config.num_kvcache_blocks * block_bytes(config)
+    is_cuda = config.device.type == "cuda"
+    free = torch.cuda.mem_get_info(config.device)[0] if is_cuda else free_ram_bytes() // tp.size
+    if num_bytes > free:
+        raise ValueError(
+            f"num_kvcache_blocks={num_blocks} blocks of {config.kvcache_block_size} tokens take "
+            f"{num_bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} are free: lower it, or leave it at -1 to have as "
+            "many as fit"
+        )
+
+
+def memory_used_bytes(device: torch.device) -> int:
+    """Of the GPU, by whomever."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
+
+
+def measure_reserve(runner: "ModelRunner") -> int:
+    """Run the largest batch and capture the largest graph against a cache of one block, then let both go.
+
+    Returns the bytes that they needed beyond what stays: activations, and a graph's memory. On CUDA only.
+    """
+    config = runner.config
+    runner.allocate_kv_cache(1)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    num_tokens = config.max_num_batched_tokens
+    num_seqs = min(config.max_num_seqs, num_tokens)
+    lens = [num_tokens // num_seqs + (i < num_tokens % num_seqs) for i in range(num_seqs)]
+    lens = [min(length, config.max_model_len) for length in lens]
+    runner.run_prefill(dummy_prefill(lens, runner.state.padding_row, runner.device))
+    runner.state.num_cached_tokens.zero_()  # or the padding row's next position would be past its block table
+    torch.cuda.synchronize()
+    reserve_bytes = torch.cuda.max_memory_allocated() - before
+    torch.cuda.empty_cache()
+    if runner.graphs is not None:
+        before = memory_used_bytes(runner.device)
+        runner.graphs.capture(runner.graphs.buckets[-1])
+        torch.cuda.synchronize()
+        reserve_bytes += memory_used_bytes(runner.device) - before
+        runner.graphs.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return reserve_bytes
+
+
+def dummy_prefill(lens: list[int], row: int, device: torch.device) -> PrefillBatch:
+    """Prompts of the given lengths, all in one row whose KV nobody reads."""
+    num_tokens, num_seqs = sum(lens), len(lens)
+    zeros = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+    context_lens = torch.tensor(lens, device=device)
+    return PrefillBatch(
+        num_decodes=0,
+        max_seqlen_q=max(lens),
+        max_context_len=max(lens),
+        input_ids=zeros.clone(),
+        positions=zeros.clone(),
+        slot_mapping=zeros.clone(),
+        rows=torch.full((num_seqs,), row, device=device),
+        context_lens=context_lens,
+        cu_seqlens_q=torch.nn.functional.pad(context_lens.cumsum(0), (1, 0)),
+        block_updates=None,
+        seeds=torch.zeros(num_seqs, dtype=torch.int64, device=device),
+        temperatures=torch.ones(num_seqs, device=device),
+    )
