@@ -15,6 +15,7 @@ triton = pytest.importorskip("triton")
 
 from nanovllm.kernels import (  # noqa: E402
     activation,
+    attention_common,
     attention_decode,
     attention_invariant,
     attention_prefill,
@@ -529,7 +530,7 @@ def test_decoding_is_a_prompt_to_the_bit(device, dtype, monkeypatch):
         (132, 3, [0, 1, 63, 64, 255, 256, 300, 511, 512, 599]),
         (1, 2, [560, 570, 580, 599]),
     ]:
-        monkeypatch.setattr(attention_invariant, "num_multiprocessors", lambda _, count=multiprocessors: count)
+        monkeypatch.setattr(attention_common, "num_multiprocessors", lambda _, count=multiprocessors: count)
         count = len(positions)
         decoded, plan = attend(q[positions], [position + 1 for position in positions], [1] * count, count)
         assert plan.items[:, 4].max() == num_items

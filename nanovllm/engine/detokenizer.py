@@ -1,4 +1,4 @@
-"""Incremental text of one completion, and the stop strings in it. Made by the engine for requests that need either."""
+"""Incremental text of one completion, and the stop strings in it. Made by a request that needs either."""
 
 from typing import Any
 

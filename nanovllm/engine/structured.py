@@ -1,4 +1,4 @@
-"""Grammars that an output must match, through llguidance. Called by the engine for `structured_outputs`."""
+"""Grammars that an output must match, through llguidance. Made by the input processor for `structured_outputs`."""
 
 import json
 from typing import Any

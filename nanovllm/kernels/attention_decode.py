@@ -10,22 +10,19 @@ from dataclasses import dataclass
 
 import torch
 
-from nanovllm.kernels.triton_utils import (
-    jit,
-    launch_options,
-    next_power_of_2,
-    num_multiprocessors,
-    pdl_wait,
-    tl,
-    use_triton,
+from nanovllm.kernels.attention_common import (
+    BLOCK,
+    ITEM_FIELDS,
+    LOG2_E,
+    check_layout,
+    count_items,
+    load_pages,
+    page_offsets,
+    plan_kernel,
 )
+from nanovllm.kernels.triton_utils import jit, launch_options, next_power_of_2, pdl_wait, tl, use_triton
 
-LOG2_E = 1.4426950408889634
-BLOCK = 64  # tokens a program reads at a time; items are whole blocks
 MIN_ITEM_LEN = 128  # shorter items would take less time than merging them
-# Four programs a multiprocessor keep memory busy while some begin and some end.
-PROGRAMS_PER_MULTIPROCESSOR = 4
-ITEM_FIELDS = 8  # sequence or -1, first token, end, the sequence's first item, number of its items; 32 bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +46,12 @@ def paged_attention_decode(
     out: torch.Tensor | None = None,
     plan: DecodePlan | None = None,
 ) -> torch.Tensor:
-    """Attention of each sequence's one query over its whole context.
+    """Attention of each sequence's one query over its whole context -> [B, num_heads, head_dim].
 
-    Args:
-        q: [B, num_heads, head_dim], rows may be strided.
-        k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim].
-        block_tables: [B, max_blocks] int32; entries beyond a context are not read.
-        context_lens: [B] int32; a row of none is zeros.
+    Args (the others: attention_common.py):
+        context_lens: a row of none is zeros.
         max_context_len: no context is longer.
-        out: [B, num_heads, head_dim], contiguous; None for a new one.
         plan: of `plan_decode` for these context_lens, to share among layers; None for one of its own.
-
-    Returns:
-        [B, num_heads, head_dim]
     """
     if use_triton(q):
         return paged_attention_decode_triton(
@@ -90,19 +80,14 @@ def plan_decode(
 ) -> DecodePlan:
     """Cut contexts of lengths context_lens [B] int32, none beyond max_context_len; on CUDA only."""
     device, batch_size = context_lens.device, len(context_lens)
-    # A large batch fills the chip without cutting; there, cutting what is longer than the mean keeps one long context
-    # from outlasting the rest.
-    num_programs = PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(device)
-    target_items = max(-(-num_programs // num_kv_heads), batch_size)
-    # Up to one a sequence beyond the target, since lengths do not divide evenly.
-    max_items = min(target_items + batch_size, batch_size * max(-(-max_context_len // MIN_ITEM_LEN), 1))
+    target_items, max_items = count_items(batch_size, num_kv_heads, max_context_len, MIN_ITEM_LEN, device)
     plan = DecodePlan(
         torch.empty(max_items, ITEM_FIELDS, dtype=torch.int32, device=device),
         torch.empty(max_items, num_heads, head_dim, dtype=torch.float32, device=device),
         torch.empty(max_items, num_heads, dtype=torch.float32, device=device),
         torch.empty(batch_size, num_kv_heads, dtype=torch.int32, device=device),
     )
-    _plan_kernel[(1,)](
+    plan_kernel[(1,)](
         context_lens, plan.items, plan.arrivals, batch_size, max_items, target_items,
         NUM_KV_HEADS=num_kv_heads, BLOCK=BLOCK, MIN_ITEM_LEN=MIN_ITEM_LEN, ITEM_FIELDS=ITEM_FIELDS, TILE=256,
         num_warps=4, **launch_options(),
@@ -115,11 +100,8 @@ def paged_attention_decode_triton(
 ):
     batch_size, num_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
-    assert head_dim == next_power_of_2(head_dim) >= 16, "tl.dot takes powers of 2"
-    assert q.stride()[1:] == (head_dim, 1)
+    check_layout(q, k_cache, v_cache)
     out = q.new_empty(q.shape) if out is None else out
-    assert k_cache.is_contiguous()
-    assert v_cache.is_contiguous()
     assert out.is_contiguous()
     if not batch_size:
         return out
@@ -138,65 +120,6 @@ def paged_attention_decode_triton(
         num_warps=num_warps, num_stages=num_stages, **launch_options(),
     )  # fmt: skip
     return out
-
-
-@jit(do_not_specialize=("context_lens_ptr", "batch_size", "max_items", "target_items"))
-def _plan_kernel(
-    context_lens_ptr, items_ptr, arrivals_ptr, batch_size, max_items, target_items,
-    NUM_KV_HEADS: tl.constexpr, BLOCK: tl.constexpr, MIN_ITEM_LEN: tl.constexpr, ITEM_FIELDS: tl.constexpr,
-    TILE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One program for all, TILE sequences at a time."""
-    pdl_wait(PDL)
-    lanes = tl.arange(0, TILE)
-    total = tl.zeros([TILE], tl.int32)
-    for first_seq in range(0, batch_size, TILE):
-        seqs = first_seq + lanes
-        total += tl.load(context_lens_ptr + seqs, mask=seqs < batch_size, other=0)
-    longest = tl.maximum(tl.cdiv(tl.sum(total, axis=0), target_items), MIN_ITEM_LEN)
-
-    end_item = 0
-    for first_seq in range(0, batch_size, TILE):
-        seqs = first_seq + lanes
-        live = seqs < batch_size
-        lens = tl.load(context_lens_ptr + seqs, mask=live, other=0)
-        num_items = tl.maximum(tl.cdiv(lens, longest), 1)
-        item_len = tl.maximum(tl.cdiv(tl.cdiv(lens, num_items), BLOCK), 1) * BLOCK  # equal but for whole blocks
-        num_items = tl.where(live, tl.maximum(tl.cdiv(lens, item_len), 1), 0)
-        first_item = end_item + tl.cumsum(num_items, axis=0) - num_items
-        for i in range(tl.max(num_items, axis=0)):
-            mask = (i < num_items) & (first_item + i < max_items)
-            item_ptrs = items_ptr + (first_item + i) * ITEM_FIELDS
-            tl.store(item_ptrs, seqs, mask=mask)
-            tl.store(item_ptrs + 1, i * item_len, mask=mask)
-            tl.store(item_ptrs + 2, tl.minimum((i + 1) * item_len, lens), mask=mask)
-            tl.store(item_ptrs + 3, first_item, mask=mask)
-            tl.store(item_ptrs + 4, num_items, mask=mask)
-        for head in range(NUM_KV_HEADS):
-            tl.store(arrivals_ptr + seqs * NUM_KV_HEADS + head, tl.zeros([TILE], tl.int32), mask=live)
-        end_item += tl.sum(num_items, axis=0)
-    for item in range(end_item, max_items, TILE):
-        tl.store(
-            items_ptr + (item + lanes) * ITEM_FIELDS, -1 + tl.zeros([TILE], tl.int32), mask=item + lanes < max_items
-        )
-
-
-@jit
-def load_pages(table_ptr, token, end, offsets, PAGE: tl.constexpr, BLOCK: tl.constexpr):
-    """The page of each of BLOCK tokens from `token` on, 0 from `end` on; a scalar if blocks lie within pages."""
-    if PAGE % BLOCK == 0:
-        return tl.load(table_ptr + token // PAGE, mask=token < end, other=0)
-    else:
-        return tl.load(table_ptr + (token + offsets) // PAGE, mask=token + offsets < end, other=0)
-
-
-@jit
-def page_offsets(pages, token, offsets, ROW: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr):
-    """[BLOCK] int64: where the tokens' rows of ROW elements begin in the cache."""
-    if PAGE % BLOCK == 0:
-        return (pages.to(tl.int64) * PAGE + token % PAGE) * ROW + offsets * ROW
-    else:
-        return (pages.to(tl.int64) * PAGE + (token + offsets) % PAGE) * ROW
 
 
 @jit(do_not_specialize=("block_tables_ptr", "table_stride"))

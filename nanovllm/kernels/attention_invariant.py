@@ -12,24 +12,17 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels.attention_decode import (
+from nanovllm.kernels.attention_common import (
     BLOCK,
     ITEM_FIELDS,
     LOG2_E,
-    PROGRAMS_PER_MULTIPROCESSOR,
-    _plan_kernel,
+    check_layout,
+    count_items,
     load_pages,
     page_offsets,
+    plan_kernel,
 )
-from nanovllm.kernels.triton_utils import (
-    jit,
-    launch_options,
-    next_power_of_2,
-    num_multiprocessors,
-    pdl_wait,
-    tl,
-    use_triton,
-)
+from nanovllm.kernels.triton_utils import jit, launch_options, next_power_of_2, pdl_wait, tl, use_triton
 
 SPLIT = 256  # tokens; decides the order of sums, so another value gives other bits
 
@@ -61,19 +54,12 @@ def paged_attention_invariant(
     scale: float,
     plan: InvariantPlan | None = None,
 ) -> torch.Tensor:
-    """Causal attention of each sequence's last tokens over its whole context.
+    """Causal attention of each sequence's last tokens over its whole context -> [T, num_heads, head_dim].
 
-    Args:
-        q: [T, num_heads, head_dim], rows may be strided.
-        k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim].
-        block_tables: [B, max_blocks] int32; entries beyond a context are not read.
-        cu_seqlens_q: [B + 1] int32, from 0: sequence b's queries are q[cu_seqlens_q[b]:cu_seqlens_q[b + 1]]; None if
-            each has one.
-        context_lens: [B] int32, at least 1 and as long as the queries.
+    Args (the others: attention_common.py):
+        cu_seqlens_q: begins at 0; None if each sequence has one query.
+        context_lens: at least 1.
         plan: of `plan_invariant` for these lengths, which the kernel needs; its twin does without.
-
-    Returns:
-        [T, num_heads, head_dim]
     """
     if use_triton(q):
         assert plan is not None
@@ -123,14 +109,12 @@ def plan_invariant(
     if cu_seqlens_q is None:
         cu_seqlens_q = torch.arange(num_decodes + 1, dtype=torch.int32, device=device)
     max_splits = max(-(-max_context_len // SPLIT), 1)
-    # As `plan_decode`: enough items to fill the chip, none much longer than the mean; here of whole splits.
-    num_programs = PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(device)
-    target_items = max(-(-num_programs // num_kv_heads), num_decodes)
-    max_items = min(target_items + num_decodes, num_decodes * max_splits)
+    # As `plan_decode`, but of whole splits.
+    target_items, max_items = count_items(num_decodes, num_kv_heads, max_context_len, SPLIT, device)
     items = torch.zeros(max_items, ITEM_FIELDS, dtype=torch.int32, device=device)
     arrivals = torch.empty(num_decodes, num_kv_heads, dtype=torch.int32, device=device)
     if num_decodes:
-        _plan_kernel[(1,)](
+        plan_kernel[(1,)](
             context_lens, items, arrivals, num_decodes, max_items, target_items,
             NUM_KV_HEADS=num_kv_heads, BLOCK=SPLIT, MIN_ITEM_LEN=SPLIT, ITEM_FIELDS=ITEM_FIELDS, TILE=256,
             num_warps=4, **launch_options(),
@@ -170,10 +154,7 @@ def prefill_items(
 def paged_attention_invariant_triton(q, k_cache, v_cache, block_tables, context_lens, scale, plan):
     num_tokens, num_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
-    assert head_dim == next_power_of_2(head_dim) >= 16, "tl.dot takes powers of 2"
-    assert q.stride()[1:] == (head_dim, 1)
-    assert k_cache.is_contiguous()
-    assert v_cache.is_contiguous()
+    check_layout(q, k_cache, v_cache)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not num_tokens:
         return out

@@ -6,8 +6,8 @@ a whole prompt are one case: the queries are the last tokens of their contexts.
 
 import torch
 
-from nanovllm.kernels.attention_decode import LOG2_E, load_pages, page_offsets
-from nanovllm.kernels.triton_utils import jit, launch_options, next_power_of_2, pdl_wait, tl, use_triton
+from nanovllm.kernels.attention_common import LOG2_E, check_layout, load_pages, page_offsets
+from nanovllm.kernels.triton_utils import jit, launch_options, pdl_wait, tl, use_triton
 
 
 def paged_attention_prefill(
@@ -21,20 +21,11 @@ def paged_attention_prefill(
     max_seqlen_q: int,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention of each sequence's last tokens over its whole context.
+    """Causal attention of each sequence's last tokens over its whole context -> [T, num_heads, head_dim].
 
-    Args:
-        q: [T, num_heads, head_dim], rows may be strided.
-        k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim].
-        block_tables: [B, max_blocks] int32; entries beyond a context are not read.
-        cu_seqlens_q: [B + 1] int32: sequence b's queries are q[cu_seqlens_q[b]:cu_seqlens_q[b + 1]]. The first need
-            not be 0: rows of q outside all sequences are skipped, and so are theirs of `out`.
-        context_lens: [B] int32, at least as long as the queries.
+    Args (the others: attention_common.py):
+        cu_seqlens_q: need not begin at 0: rows of q outside all sequences are skipped, and so are theirs of `out`.
         max_seqlen_q: no sequence has more queries.
-        out: [T, num_heads, head_dim], contiguous; None for a new one.
-
-    Returns:
-        [T, num_heads, head_dim]
     """
     run = paged_attention_prefill_triton if use_triton(q) else paged_attention_prefill_torch
     return run(q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, scale, max_seqlen_q, out)
@@ -65,11 +56,8 @@ def paged_attention_prefill_triton(
 ):
     num_tokens, num_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
-    assert head_dim == next_power_of_2(head_dim) >= 16, "tl.dot takes powers of 2"
-    assert q.stride()[1:] == (head_dim, 1)
+    check_layout(q, k_cache, v_cache)
     out = q.new_empty(q.shape) if out is None else out
-    assert k_cache.is_contiguous()
-    assert v_cache.is_contiguous()
     assert out.is_contiguous()
     batch_size, group = len(context_lens), num_heads // num_kv_heads
     if not num_tokens or not batch_size:

@@ -1,4 +1,4 @@
-"""RMSNorm, alone and fused with the residual addition before it. Called by layers/layernorm.py."""
+"""RMSNorm, alone and fused with the addition before it. Called by layers/layernorm.py and kernels/linear.py."""
 
 import torch
 

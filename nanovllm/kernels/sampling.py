@@ -1,4 +1,4 @@
-"""One-pass sampling by the Gumbel-max trick with stateless noise. Called by layers/sampler.py.
+"""One-pass sampling by the Gumbel-max trick with stateless noise. Called by the sampler, and by the model runner.
 
 argmax(logits / temperature + gumbel) is a draw from softmax(logits / temperature) (Gumbel 1954; Maddison et al. 2014).
 The noise of a token is a hash of (seed, position, token id): the same in any batch, in torch and in Triton.
