@@ -118,15 +118,13 @@ class ModelRunner:
         """
         step = self.prepare_prefill(seqs) if is_prefill else self.prepare_decode(seqs)
         if self.workers is None:
-            return self._pending(self.execute(step, seqs))
-        with self.workers.together(step):
             output = self.execute(step, seqs)
-        return self._pending(output)
-
-    def _pending(self, output: StepOutput) -> PendingTokens:
+        else:
+            with self.workers.together(step):
+                output = self.execute(step, seqs)
         if output.error is not None:
             raise output.error
-        return PendingTokens(output, self.workers.check if self.workers is not None else None)
+        return PendingTokens(step, output, self.workers.check if self.workers is not None else None)
 
     @torch.inference_mode()
     def execute(self, step: StepInput, seqs: list[Sequence] | None = None) -> StepOutput:

@@ -81,33 +81,38 @@ class Scheduler:
 
     def advance(self, seqs: list[Sequence]) -> list[Sequence | None]:
         """Count the step just launched as done; for each row, the sequence that gets a token from it, if any."""
-        sampling: list[Sequence | None] = []
-        for seq in seqs:
+        sampling: list[Sequence | None] = list(seqs)
+        for row, seq in enumerate(seqs):
+            if seq.is_decoding:
+                seq.num_cached_tokens += 1
+                seq.num_tokens += 1
+                continue
             seq.num_cached_tokens += seq.num_scheduled_tokens
             if seq.num_cached_tokens == seq.num_tokens:
                 seq.num_tokens += 1
                 seq.is_decoding = True
                 seq.num_scheduled_tokens = 1  # of every step from now on
-                sampling.append(seq)
             else:
-                sampling.append(None)
+                sampling[row] = None
         return sampling
 
     def postprocess(self, seqs: list[Sequence | None], token_ids: list[int]) -> list[Sequence]:
         """Take in the tokens of a step that `advance` counted; returns the sequences that they finished."""
         finished = self._end_broken(seqs, token_ids) if min(token_ids, default=0) < 0 else []
+        tainted = self._tainted
         for seq, token_id in zip(seqs, token_ids, strict=True):
             if seq is None or seq.status is FINISHED:  # a chunk, or a row launched before its sequence's end was known
                 continue
-            if seq in self._tainted:
+            if tainted and seq in tainted:
                 seq.num_tokens -= 1  # its token might as well not have been drawn
                 continue
-            seq.token_ids.append(token_id)
+            known = seq.token_ids
+            known.append(token_id)
             if token_id in seq.stop_ids:
                 self._observe_completion(seq)
                 self.finish(seq, "stop")
                 finished.append(seq)
-            elif len(seq.token_ids) >= seq.max_num_tokens:
+            elif len(known) >= seq.max_num_tokens:
                 self.finish(seq, "length")
                 finished.append(seq)
         if self._tainted:
