@@ -14,7 +14,7 @@ class SequenceStatus(Enum):
     FINISHED = auto()
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Sequence:
     """Tokens and counters of one request.
 
