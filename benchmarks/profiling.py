@@ -1,6 +1,7 @@
 """Where the time of a step goes: the host's part of it, and the kernels on the device. For nanovllm only."""
 
 import json
+import statistics
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ from nanovllm.engine.block_manager import BlockManager
 
 
 def host_profile(llm: LLM, case: Case, num_steps: int = 100) -> dict[str, float]:
-    """Microseconds of host work per decode step of the whole `case`, by part; the engine is useless afterwards.
+    """Microseconds of host work per decode step of the whole `case`, by part: medians, since whatever else runs on the
+    host strikes few steps and those hard. The engine is useless afterwards.
 
     The model is replaced by one that answers at once, so what is timed is schedule, prepare (with the copies to the
     device, the launch excepted) and postprocess, at the context lengths of the case's prompts.
@@ -28,7 +30,7 @@ def host_profile(llm: LLM, case: Case, num_steps: int = 100) -> dict[str, float]
     llm.block_manager = llm.scheduler.block_manager = BlockManager(2**16, llm.block_manager.block_size)
     llm.input_processor.num_blocks = llm.block_manager.num_blocks
     llm.scheduler.reset(())  # nobody reads or writes a cache now, so there can be blocks for all
-    seconds: dict[str, float] = defaultdict(float)
+    seconds: dict[str, float] = defaultdict(float)  # of the step at hand
 
     def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any) -> Any:
@@ -53,12 +55,13 @@ def host_profile(llm: LLM, case: Case, num_steps: int = 100) -> dict[str, float]
         llm.step()
     if len(llm.scheduler.running) < len(case.prompts):
         raise SystemExit("--host-profile: raise --max-num-seqs, so that all requests decode together")
-    seconds.clear()
-    start = perf_counter()
+    steps = []
     for _ in range(num_steps):
+        seconds.clear()
+        start = perf_counter()
         llm.step()
-    seconds["step"] = perf_counter() - start
-    return {part: round(value / num_steps * 1e6, 1) for part, value in seconds.items()}
+        steps.append({**seconds, "step": perf_counter() - start})
+    return {part: round(statistics.median(step[part] for step in steps) * 1e6, 1) for part in steps[0]}
 
 
 def device_profile(llm: LLM, case: Case, temperature: float, trace_file: Path, num_steps: int = 30) -> str:

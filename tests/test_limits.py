@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from simulator import Simulation
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.batch import prepare_decode, prepare_prefill
 from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Sequence
@@ -193,7 +194,8 @@ def flood(llm: LLM, num_requests: int) -> list[int]:
 
     def call(method: str, seqs: list[Sequence], is_prefill: bool) -> PendingTokens:
         assert method == "run"
-        return PendingTokens(StepOutput(torch.tensor([1 + sum(seq.prompt_token_ids) % 200 for seq in seqs])))
+        step = prepare_prefill(seqs) if is_prefill else prepare_decode(seqs)
+        return PendingTokens(step, StepOutput(torch.tensor([1 + sum(seq.prompt_token_ids) % 200 for seq in seqs])))
 
     llm.model_runner.call = call  # type: ignore[method-assign]
     params = greedy(2)

@@ -107,19 +107,25 @@ def block_updates(seqs: list[Sequence]) -> list[tuple[int, int, int]]:
     return updates
 
 
-def prepare_decode(seqs: list[Sequence]) -> StepInput:
+def prepare_decode(seqs: list[Sequence], last: tuple[list[Sequence], StepInput] | None = None) -> StepInput:
+    """`last`: the sequences and the input of the step before. If they are the same list, most of this is known."""
     updates = block_updates(seqs)
-    rows = np.array([seq.row for seq in seqs], dtype=np.int64)
+    if last is not None and last[0] is seqs:
+        rows, is_plain = last[1].data[: len(seqs)], last[1].is_plain
+        max_context_len = last[1].max_context_len + 1
+    else:
+        rows, is_plain = np.array([seq.row for seq in seqs], dtype=np.int64), all([seq.is_plain for seq in seqs])
+        max_context_len = max([seq.num_cached_tokens for seq in seqs]) + 1
     return StepInput(
         is_prefill=False,
-        is_plain=all([seq.is_plain for seq in seqs]),
+        is_plain=is_plain,
         num_rows=len(seqs),
         num_tokens=len(seqs),
         num_updates=len(updates),
         num_decodes=len(seqs),
         num_logprob_runs=0,
         max_seqlen_q=1,
-        max_context_len=max([seq.num_cached_tokens for seq in seqs]) + 1,
+        max_context_len=max_context_len,
         data=np.concatenate([rows, np.array(updates, dtype=np.int64).T.ravel()]) if updates else rows,
     )
 

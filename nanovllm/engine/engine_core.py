@@ -118,8 +118,9 @@ class EngineCore:
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         """Alone with the state of the requests, which is put in order first if the last one here was interrupted."""
+        self._check_not_in_step()
         with self._lock.held(), torch.cuda.device(self._cuda_index):
-            self._check_open()
+            self._check_alive()
             try:
                 if self._interrupted:
                     self._recover()
@@ -133,14 +134,15 @@ class EngineCore:
     def _step(self) -> int:
         """Returns the number of tokens launched. To be called within `_exclusive`."""
         seqs, is_prefill = self.scheduler.schedule()
-        num_tokens = 0
+        num_tokens, depth = 0, 0
         if seqs:
             with diagnosed(self.config, seqs):
                 step = self.model_runner.call("run", seqs, is_prefill)
-            num_tokens = sum([seq.num_scheduled_tokens for seq in seqs])
+            num_tokens = step.num_tokens
+            # Draws that depend on the tokens before them leave nothing in flight.
+            depth = self.depth if step.is_plain or not any([seq.reads_tokens for seq in seqs]) else 0
             self._in_flight.append((seqs, self.scheduler.advance(seqs), step, is_prefill))
-        # Draws that depend on the tokens before them leave nothing in flight.
-        self._drain(0 if not seqs or any([seq.reads_tokens for seq in seqs]) else self.depth)
+        self._drain(depth)
         if self._aborts:
             self._abort_all()
         return num_tokens
@@ -261,7 +263,8 @@ class EngineCore:
         self._interrupted = False
 
     def _enqueue(self, requests: list[Request], call: Call, stream: bool = False) -> None:
-        self._check_open()
+        self._check_not_in_step()
+        self._check_alive()
         try:
             with self._lock.held():
                 for request in requests:
@@ -314,8 +317,7 @@ class EngineCore:
                 "nothing else of it"
             )
 
-    def _check_open(self) -> None:
-        self._check_not_in_step()
+    def _check_alive(self) -> None:
         if not self._finalizer.alive:
             raise RuntimeError("this engine has been closed: make another LLM")
         if self._death is not None:

@@ -82,6 +82,7 @@ class ModelRunner:
         loaded()
         self.sampler = Sampler()
         self.last_decode: DecodeBatch | None = None
+        self._last: tuple[list[Sequence], StepInput] | None = None  # what `run` was given, and made of it
         self.backend = load_backend(str(config.attention_backend), self.block_size, config.deterministic)
         self.graphs: DecodeGraphs | None = None
         if self.device.type == "cuda" and not config.enforce_eager and self.backend.supports_cuda_graph:
@@ -102,16 +103,15 @@ class ModelRunner:
         Raises EngineDeadError if a rank is lost.
         """
         step = self.prepare_prefill(seqs) if is_prefill else self.prepare_decode(seqs)
+        self._last = seqs, step
         if self.workers is None:
-            return self._pending(self.execute(step, seqs))
-        with self.workers.together(step):
             output = self.execute(step, seqs)
-        return self._pending(output)
-
-    def _pending(self, output: StepOutput) -> PendingTokens:
+        else:
+            with self.workers.together(step):
+                output = self.execute(step, seqs)
         if output.error is not None:
             raise output.error
-        return PendingTokens(output, self.workers.check if self.workers is not None else None)
+        return PendingTokens(step, output, self.workers.check if self.workers is not None else None)
 
     @torch.inference_mode()
     def execute(self, step: StepInput, seqs: list[Sequence] | None = None) -> StepOutput:
@@ -138,7 +138,7 @@ class ModelRunner:
         return prepare_prefill(seqs)
 
     def prepare_decode(self, seqs: list[Sequence]) -> StepInput:
-        return prepare_decode(seqs)
+        return prepare_decode(seqs, self._last)
 
     def run_prefill(self, batch: PrefillBatch) -> torch.Tensor:
         """Launch a step with prompts in it -> token ids [B] int64 on the device."""

@@ -35,6 +35,9 @@ class Scheduler:
         self.running: deque[Sequence] = deque()
         self._free_rows = list(range(self.max_num_seqs))[::-1]
         self._admission_blocked = False  # the head of the queue did not fit, and nothing has been freed since
+        # Who decodes; None if that has to be found out anew. From step to step it is mostly the same: then it is the
+        # same list, by which whoever is given it knows.
+        self._decoding: list[Sequence] | None = None
         # Running sequences whose KV is not to be trusted; they start over when the tokens in flight for them have come.
         self._tainted: set[Sequence] = set()
         for seq in sorted(survivors, key=lambda seq: seq.seq_id):
@@ -61,8 +64,10 @@ class Scheduler:
         if self._tainted or not self._grow():
             return [], False
         budget = self.max_num_batched_tokens
-        # A sequence that the step in flight will end by length is not scheduled again.
-        decoding = [seq for seq in self.running if seq.is_decoding and seq.num_tokens < seq.max_num_tokens][:budget]
+        if self._decoding is None:
+            # A sequence that the step in flight will end by length is not scheduled again.
+            self._decoding = [seq for seq in self.running if seq.is_decoding and seq.num_tokens < seq.max_num_tokens]
+        decoding = self._decoding if len(self._decoding) <= budget else self._decoding[:budget]
         budget -= len(decoding)
         prefilling: list[Sequence] = []
         if len(decoding) < len(self.running) and budget:
@@ -77,37 +82,45 @@ class Scheduler:
                 self.running.append(seq)
                 budget -= self._schedule_chunk(seq, budget)
                 prefilling.append(seq)
-        return decoding + prefilling, bool(prefilling)
+        return (decoding + prefilling, True) if prefilling else (decoding, False)
 
     def advance(self, seqs: list[Sequence]) -> list[Sequence | None]:
         """Count the step just launched as done; for each row, the sequence that gets a token from it, if any."""
-        sampling: list[Sequence | None] = []
-        for seq in seqs:
+        sampling: list[Sequence | None] = list(seqs)
+        for row, seq in enumerate(seqs):
+            if seq.is_decoding:
+                seq.num_cached_tokens += 1
+                seq.num_tokens += 1
+                if seq.num_tokens >= seq.max_num_tokens:
+                    self._decoding = None
+                continue
             seq.num_cached_tokens += seq.num_scheduled_tokens
             if seq.num_cached_tokens == seq.num_tokens:
                 seq.num_tokens += 1
                 seq.is_decoding = True
                 seq.num_scheduled_tokens = 1  # of every step from now on
-                sampling.append(seq)
+                self._decoding = None
             else:
-                sampling.append(None)
+                sampling[row] = None
         return sampling
 
     def postprocess(self, seqs: list[Sequence | None], token_ids: list[int]) -> list[Sequence]:
         """Take in the tokens of a step that `advance` counted; returns the sequences that they finished."""
         finished = self._end_broken(seqs, token_ids) if min(token_ids, default=0) < 0 else []
+        tainted = self._tainted
         for seq, token_id in zip(seqs, token_ids, strict=True):
             if seq is None or seq.status is FINISHED:  # a chunk, or a row launched before its sequence's end was known
                 continue
-            if seq in self._tainted:
+            if tainted and seq in tainted:
                 seq.num_tokens -= 1  # its token might as well not have been drawn
                 continue
-            seq.token_ids.append(token_id)
+            known = seq.token_ids
+            known.append(token_id)
             if token_id in seq.stop_ids:
                 self._observe_completion(seq)
                 self.finish(seq, "stop")
                 finished.append(seq)
-            elif len(seq.token_ids) >= seq.max_num_tokens:
+            elif len(known) >= seq.max_num_tokens:
                 self.finish(seq, "length")
                 finished.append(seq)
         if self._tainted:
@@ -148,8 +161,7 @@ class Scheduler:
                 self.block_manager.forget(seq)
             else:
                 self.block_manager.register(seq, min(len(seq.token_ids), seq.num_cached_tokens))
-            self._release(seq)
-            self.running.remove(seq)
+            self._leave(seq)
         else:
             self.waiting.remove(seq)
             self._admission_blocked = False
@@ -157,8 +169,7 @@ class Scheduler:
 
     def preempt(self, seq: Sequence) -> None:
         """Send a running sequence back to the front of the queue; its KV is recomputed, or found in the cache."""
-        self.running.remove(seq)
-        self._release(seq)
+        self._leave(seq)
         seq.rewind()
         seq.num_preemptions += 1
         self.num_preemptions += 1
@@ -202,7 +213,10 @@ class Scheduler:
         seq.status = SequenceStatus.RUNNING
         return True
 
-    def _release(self, seq: Sequence) -> None:
+    def _leave(self, seq: Sequence) -> None:
+        """`seq` stops running."""
+        self.running.remove(seq)
+        self._decoding = None
         self.block_manager.deallocate(seq)
         self._free_rows.append(seq.row)
         self._admission_blocked = False

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nanovllm.engine.batch import StepInput
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.sampler import LogprobsTensors, compute_logprobs
 
@@ -23,8 +24,10 @@ class StepOutput:
 class PendingTokens:
     """The tokens of a launched step, [B], and the log probabilities some rows asked for, on their way to the host."""
 
-    def __init__(self, output: StepOutput, check: Callable[[], None] | None = None):
+    def __init__(self, step: StepInput, output: StepOutput, check: Callable[[], None] | None = None):
         """check: raises if the tokens are not to be trusted, because a rank was lost."""
+        self.num_tokens = step.num_tokens  # that the step computes
+        self.is_plain = step.is_plain
         self.event = None
         self.check = check
         self.token_ids = self._to_host(output.token_ids)
