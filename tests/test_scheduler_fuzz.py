@@ -451,6 +451,18 @@ def admission_stays_blocked(patch):
 
 
 @defect
+def decoding_rows_out_of_date(patch):
+    release = Scheduler._release
+
+    def release_and_forget(self, seq):
+        decoding = self._decoding
+        release(self, seq)
+        self._decoding = decoding
+
+    patch.setattr(Scheduler, "_release", release_and_forget)
+
+
+@defect
 def budget_exceeded_by_chunks(patch):
     chunk = Scheduler._schedule_chunk
     patch.setattr(Scheduler, "_schedule_chunk", lambda self, seq, budget: chunk(self, seq, budget + 1))

@@ -161,7 +161,7 @@ class Scheduler:
                 self.block_manager.forget(seq)
             else:
                 self.block_manager.register(seq, min(len(seq.token_ids), seq.num_cached_tokens))
-            self._leave(seq)
+            self._release(seq)
         else:
             self.waiting.remove(seq)
             self._admission_blocked = False
@@ -169,7 +169,7 @@ class Scheduler:
 
     def preempt(self, seq: Sequence) -> None:
         """Send a running sequence back to the front of the queue; its KV is recomputed, or found in the cache."""
-        self._leave(seq)
+        self._release(seq)
         seq.rewind()
         seq.num_preemptions += 1
         self.num_preemptions += 1
@@ -213,8 +213,8 @@ class Scheduler:
         seq.status = SequenceStatus.RUNNING
         return True
 
-    def _leave(self, seq: Sequence) -> None:
-        """`seq` stops running."""
+    def _release(self, seq: Sequence) -> None:
+        """`seq` stops running and gives back what it holds."""
         self.running.remove(seq)
         self._decoding = None
         self.block_manager.deallocate(seq)
