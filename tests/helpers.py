@@ -1,8 +1,12 @@
 """What the tests share: tiny random checkpoints, transformers as the reference, and tools to watch an engine."""
 
+import contextlib
+import ctypes
 import dataclasses
 import json
 import random
+import resource
+import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -373,6 +377,21 @@ def replaced(obj: Any, name: str, make: Callable[[Any], Any]) -> Any:
             setattr(obj, name, old)
         else:
             delattr(obj, name)
+
+
+def resident_bytes() -> int:
+    """Of this process. What malloc keeps for later is left out: after many tests that is any amount."""
+    with contextlib.suppress(AttributeError, OSError):  # another libc than GNU's
+        ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    """For what another thread or process is about to do, and cannot tell."""
+    deadline = time.monotonic() + HANGING_S
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.002)
 
 
 # ---- teacher forcing ----
