@@ -311,20 +311,20 @@ def test_reset_forgets_everything():
 
 def test_reviving_a_block_does_not_search_the_free_list():
     """Among 200,000 free blocks it takes the work that it does among 200; a linear search would a thousandfold."""
-    seconds_each = []
-    for num_blocks, num_rounds in ((200, 300), (200_000, 1)):
+    seconds = []
+    for num_blocks in (200, 200_000):
         manager = BlockManager(num_blocks, 1)
-        texts = [[i, i + 1] for i in range(0, num_blocks // 5, 2)]
+        texts = [[i, i + 1] for i in range(0, 80, 2)]
         for text in texts:
             manager.deallocate(admit(manager, text))
         start = thread_time()  # in which other processes have no part
-        for text in list(reversed(texts)) * num_rounds:
+        for text in texts[::-1] * 50:
             seq = make_seq(text, 1)
             manager.allocate(seq)
             assert seq.num_prefix_cached_tokens == 1
             manager.deallocate(seq)
-        seconds_each.append((thread_time() - start) / (len(texts) * num_rounds))
-    assert seconds_each[1] < 50 * seconds_each[0]
+        seconds.append(thread_time() - start)
+    assert seconds[1] < 30 * seconds[0]
 
 
 # ---- random operations against a model ----
@@ -406,7 +406,7 @@ def test_random_operations(collide, monkeypatch):
     assert num_hits > 100
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(
     st.integers(1, 12),
     st.integers(1, 3),
