@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from simulator import check_blocks
@@ -377,6 +378,18 @@ def replaced(obj: Any, name: str, make: Callable[[Any], Any]) -> Any:
             setattr(obj, name, old)
         else:
             delattr(obj, name)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads Linux's /proc")
+
+
+def child_pids() -> set[int]:
+    """The children of this process, whoever started them."""
+    found: set[int] = set()
+    for file in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found.update(map(int, file.read_text().split()))
+    return found
 
 
 def resident_bytes() -> int:

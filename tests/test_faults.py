@@ -23,10 +23,12 @@ from helpers import (
     assert_idle,
     assert_matches,
     check_blocks,
+    child_pids,
     copy_checkpoint,
     greedy,
     make_tokenizer,
     many_prompts,
+    needs_proc,
     random_prompt,
     replaced,
     resident_bytes,
@@ -508,24 +510,15 @@ def test_broken_requests_among_many(qwen3, seed):
 # ---- start and end ----
 
 
-def processes() -> set[int]:
-    """The children of this process, whoever started them."""
-    found: set[int] = set()
-    for file in Path("/proc/self/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            found.update(map(int, file.read_text().split()))
-    return found
-
-
 @pytest.fixture
 def nothing_stays() -> Iterator[None]:
-    threads, children = set(threading.enumerate()), processes()
+    threads, children = set(threading.enumerate()), child_pids()
     yield
     gc.collect()
     for thread in set(threading.enumerate()) - threads:
         thread.join(HANGING_S)
         assert not thread.is_alive(), thread
-    assert processes() <= children
+    assert child_pids() <= children
     assert not multiprocessing.active_children()
 
 
@@ -563,6 +556,7 @@ def test_every_end_gives_everything_back(qwen3, how):
     assert_works_again(qwen3)
 
 
+@needs_proc
 @pytest.mark.usefixtures("nothing_stays")
 def test_memory_returns_to_the_baseline(qwen3):
     """Engines one after the other and two at once, each with 64 MiB of cache that was written."""

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import gc
-import glob
 import os
 import signal
 import subprocess
@@ -25,6 +24,7 @@ from helpers import (
     Watch,
     assert_idle,
     assert_matches,
+    child_pids,
     greedy,
     many_prompts,
     random_prompt,
@@ -63,26 +63,17 @@ def assert_gone(pids: list[int]) -> None:
     wait_until(lambda: not any(map(is_running, pids)))
 
 
-def children() -> set[int]:
-    """Those of this process."""
-    found: set[int] = set()
-    for file in glob.glob("/proc/self/task/*/children"):
-        with contextlib.suppress(OSError), open(file) as pids:
-            found.update(map(int, pids.read().split()))
-    return found
-
-
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(tmp_path_factory, monkeypatch) -> Iterator[None]:
     """In a directory for temporary files of its own: others' come and go in the one that all share."""
     directory = tmp_path_factory.mktemp("temporary")
     monkeypatch.setattr(tempfile, "tempdir", str(directory))
     monkeypatch.setenv("TMPDIR", str(directory))
-    num_threads, before = torch.get_num_threads(), children()
+    num_threads, before = torch.get_num_threads(), child_pids()
     yield
     gc.collect()
     assert not list(directory.glob("nanovllm-*"))
-    assert children() <= before
+    assert child_pids() <= before
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("nanovllm")]
     assert torch.get_num_threads() == num_threads
 
@@ -473,19 +464,19 @@ def test_nothing_of_an_engine_stays_in_the_process(qwen3, monkeypatch):
         gc.collect()
         return len(os.listdir("/proc/self/fd"))
 
-    def threads() -> set[str]:
+    def thread_ids() -> set[str]:
         return set(os.listdir("/proc/self/task"))
 
     qwen3.llm(tensor_parallel_size=2).close()  # the first use of gloo may keep something
-    files_before, threads_before = num_files(), threads()
+    files_before, threads_before = num_files(), thread_ids()
     engines = []
     for _ in range(3):
         engines.append(qwen3.llm(tensor_parallel_size=2))  # kept: closed is closed
-        assert threads() - threads_before
+        assert thread_ids() - threads_before
         engines[-1].generate([[1, 2, 3]], greedy(3), use_tqdm=False)
         engines[-1].close()
         assert num_files() == files_before
-        wait_until(lambda: threads() <= threads_before)  # the system takes its time with those that were joined
+        wait_until(lambda: thread_ids() <= threads_before)  # the system takes its time with those that were joined
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError("no more processes")
@@ -495,7 +486,7 @@ def test_nothing_of_an_engine_stays_in_the_process(qwen3, monkeypatch):
         with pytest.raises(OSError, match="no more processes"):
             qwen3.llm(tensor_parallel_size=2)
     assert num_files() == files_before
-    wait_until(lambda: threads() <= threads_before)
+    wait_until(lambda: thread_ids() <= threads_before)
 
 
 def test_threads_are_given_back_in_any_order():
