@@ -28,8 +28,7 @@ def breaks(prompt_len: int) -> dict[int, Break]:
     """By seed, for prompts of this length. All end with an error but the last, which has the other rank's tokens."""
     everywhere = [((rank,), value) for rank in (0, 1) for value in (math.nan, math.inf)]
     everywhere += [((0, 1), value) for value in (math.nan, math.inf, -math.inf)]
-    found = [Break(ranks, value, prompt_len + 7 * (i % 2)) for i, (ranks, value) in enumerate(everywhere)]
-    found += [Break(ranks, value, prompt_len + 7 * (i % 2 == 0)) for i, (ranks, value) in enumerate(everywhere)]
+    found = [Break(ranks, value, prompt_len + late) for late in (0, 7) for ranks, value in everywhere]
     return dict(enumerate([*found, Break((1,), -math.inf, prompt_len)], 1000))
 
 
