@@ -1,10 +1,19 @@
 """Session-wide fixtures; see helpers.py for what they give."""
 
+import signal
 from collections.abc import Callable
 
 import pytest
 import torch
 from helpers import SHAPES, Checkpoint, make_model, save_checkpoint
+from hypothesis import HealthCheck, settings
+
+# A shell starts what it leaves in the background with Ctrl-C ignored, which programs that are started here inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Of Hypothesis's complaints those about time: it takes what a busy machine does to a test for the test's own.
+settings.register_profile("nanovllm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("nanovllm")
 
 # Tiny matrices gain nothing from a second thread, and waiting ones spin in the way of other processes.
 torch.set_num_threads(1)

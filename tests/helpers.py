@@ -1,13 +1,18 @@
 """What the tests share: tiny random checkpoints, transformers as the reference, and tools to watch an engine."""
 
+import contextlib
+import ctypes
 import dataclasses
 import json
 import random
+import resource
+import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from simulator import check_blocks
@@ -20,6 +25,7 @@ from nanovllm.engine.sequence import Sequence
 
 VOCAB_SIZE = 293  # a prime; more than the tokenizer's 257
 EOS = 256
+HANGING_S = 600.0  # what takes as long will never end: no bound on speed. pytest's own, in pyproject.toml, is above it
 MIN_MARGIN = 2e-4  # between the two largest logits; below it float32 rounding may decide
 
 COMMON = {
@@ -372,6 +378,33 @@ def replaced(obj: Any, name: str, make: Callable[[Any], Any]) -> Any:
             setattr(obj, name, old)
         else:
             delattr(obj, name)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads Linux's /proc")
+
+
+def child_pids() -> set[int]:
+    """The children of this process, whoever started them."""
+    found: set[int] = set()
+    for file in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found.update(map(int, file.read_text().split()))
+    return found
+
+
+def resident_bytes() -> int:
+    """Of this process. What malloc keeps for later is left out: after many tests that is any amount."""
+    with contextlib.suppress(AttributeError, OSError):  # another libc than GNU's
+        ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    """For what another thread or process is about to do, and cannot tell."""
+    deadline = time.monotonic() + HANGING_S
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.002)
 
 
 # ---- teacher forcing ----

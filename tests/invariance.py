@@ -1,14 +1,21 @@
-"""What test_deterministic.py and test_gpu_deterministic.py share: one request, run in every company it may find."""
+"""What test_deterministic.py and test_gpu_deterministic.py share: one request, run in every company it may find.
 
+As a program it does so in a process of its own, and prints the bits of what came out.
+"""
+
+import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from helpers import Watch, assert_idle, random_prompt
+from helpers import HANGING_S, Watch, assert_idle, random_prompt
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, Logprob, SamplingParams
 
 PARAMS = {
     "greedy": SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True, logprobs=4),
@@ -108,6 +115,129 @@ class Company:
         return output, watch
 
 
+# ---- what both test, in engines and with numbers of their own ----
+
+
+def check_preemption(
+    company: Company, params: SamplingParams, expected: dict[str, Any], depth: int, **options: Any
+) -> None:
+    """`options` make a pool that is too small."""
+    with company.make(max_num_seqs=8, **options) as llm:
+        llm.depth = depth
+        output, watch = company.preempted(llm, params, random.Random(4), 3)
+        assert output.metrics.num_preemptions > 0
+        # It had decoded before: what decoding stored is now computed as a prompt.
+        needle = max(watch.seqs)
+        assert any(
+            total > len(company.prompt) + 1 and scheduled > 1
+            for step in watch.steps
+            for seq_id, scheduled, total in zip(step.seq_ids, step.num_scheduled, step.num_tokens)
+            if seq_id == needle
+        ), "nothing that decoding stored was computed as a prompt"
+        assert_same(output, expected, "preempted")
+
+
+def check_prefix_hits(company: Company, expected: dict[str, Any], of_prompt: int, of_text: int) -> None:
+    """On blocks that a prompt filled, and on blocks that decoding filled; so many tokens are found in them.
+
+    expected: of PARAMS["greedy"].
+    """
+    rng = random.Random(5)
+    text = company.prompt + expected["token_ids"][:50]
+    assert len(company.prompt) <= of_text < len(text)
+    longer = Company(company.make, company.vocab_size, text, company.max_neighbour_len)
+    expected_longer = longer.alone(PARAMS["sampled"])
+    with company.make() as llm:
+        for cached in (0, of_prompt):
+            output, _ = company.among(llm, PARAMS["greedy"], rng, 5)
+            assert output.metrics.num_cached_prompt_tokens == cached
+            assert_same(output, expected, f"{cached} tokens cached")
+        output, _ = longer.among(llm, PARAMS["sampled"], rng, 5)
+        assert output.metrics.num_cached_prompt_tokens == of_text
+        assert_same(output, expected_longer, "its text cached")
+
+
+def check_other_settings(company: Company, expected: dict[str, Any], **options: Any) -> None:
+    """expected: of PARAMS["greedy"]."""
+    for depth in (0, 1):
+        with company.make(**options) as llm:
+            llm.depth = depth
+            output, _ = company.among(llm, PARAMS["greedy"], random.Random(7), 6)
+            assert_same(output, expected, f"{options}, depth {depth}")
+
+
+def check_everything_at_once(
+    company: Company, params: SamplingParams, expected: dict[str, Any], rng: random.Random, count: int, **options: Any
+) -> None:
+    """Random traffic over several calls, of up to `count` neighbours: chunks, hits, preemptions and waiting."""
+    with company.make(**options) as llm:
+        llm.depth = rng.randint(0, 1)
+        llm.scheduler.completion_ratio = 0.0
+        for call in range(3):
+            output, _ = company.among(llm, params, rng, rng.randint(0, count))
+            assert_same(output, expected, f"{options}, call {call}")
+
+
+# ---- processes ----
+
+
+def bits(answer: Any) -> Any:
+    """Every number of a `result` to its last bit, and nothing that JSON cannot hold."""
+    if isinstance(answer, float):
+        return answer.hex()
+    if isinstance(answer, Logprob):
+        return [answer.logprob.hex(), answer.rank]
+    if isinstance(answer, dict):
+        return {str(key): bits(value) for key, value in answer.items()}
+    return [bits(value) for value in answer] if isinstance(answer, list) else answer
+
+
+def check_processes(company: Company, expected: dict[str, dict[str, Any]], **options: Any) -> None:
+    """Two fresh processes, in which the prompt is alone and among others, find the bits that this one did.
+
+    expected: answers by their names in PARAMS; options: of the engines there.
+    """
+    programs = []
+    for count in (0, 12):
+        asked = company.vocab_size, company.prompt, company.max_neighbour_len, count, list(expected), options
+        command = [sys.executable, __file__, json.dumps(asked)]
+        # Strings hash otherwise in each, and so do blocks; modules come from where this process has them.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": str(count + 1)}
+        programs.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    try:
+        printed = [program.communicate(timeout=HANGING_S)[0] for program in programs]
+    finally:
+        for program in programs:
+            program.kill()
+    assert [program.returncode for program in programs] == [0, 0]
+    pids, widest, found = zip(*(json.loads(lines.splitlines()[-1]) for lines in printed))
+    assert len({os.getpid(), *pids}) == 3
+    assert widest[0] == 1
+    assert widest[1] > 1
+    for name, answer in expected.items():
+        assert answer["logprobs"], "there is nothing but tokens to compare"
+        for where, there in zip(("alone", "among others"), found):
+            assert there[name] == bits(answer), f"{name}, {where} in another process"
+
+
+def main() -> None:
+    """One of `check_processes`' programs."""
+    torch.set_num_threads(1)  # as in conftest.py
+    vocab_size, prompt, max_neighbour_len, count, names, options = json.loads(sys.argv[1])
+    company = Company(lambda: LLM(deterministic=True, **options), vocab_size, prompt, max_neighbour_len)
+    found, rng, widest = {}, random.Random(10), 0
+    with company.make() as llm:
+        for name in names:
+            output, watch = company.among(llm, PARAMS[name], rng, count)
+            widest = max(widest, *(len(step.seq_ids) for step in watch.steps))
+            found[name] = bits(result(output))
+            llm.block_manager.reset()
+    print(json.dumps([os.getpid(), widest, found]))
+
+
+# ---- parts ----
+
+
 def scored(llm: LLM, prompt: list[int], completion: list[int]) -> list[float]:
     """Log probabilities of `completion` after `prompt`, from one prompt of both: no step decodes."""
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, ignore_eos=True)
@@ -129,3 +259,7 @@ def rows_differ(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tenso
         for start in (0, (len(x) - size) // 2, len(x) - size)
         if not torch.equal(function(x[start : start + size].clone()), whole[start : start + size])
     ]
+
+
+if __name__ == "__main__":
+    main()

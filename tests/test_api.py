@@ -7,7 +7,6 @@ import math
 import random
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 import tqdm.auto
 from helpers import (
     EOS,
+    HANGING_S,
     VOCAB_SIZE,
     Watch,
     assert_idle,
@@ -26,6 +26,7 @@ from helpers import (
     make_tokenizer,
     many_prompts,
     replaced,
+    wait_until,
 )
 
 from nanovllm import LLM, SamplingParams, StructuredOutputsParams
@@ -228,16 +229,44 @@ def test_an_abort_of_what_is_no_request_id(qwen3, llm):
     assert_matches(qwen3, [[1, 2]], llm.generate([1, 2], greedy(6), use_tqdm=False), 6)
 
 
-def test_abort_from_another_thread(llm):
+@pytest.mark.parametrize("within", [True, False])
+def test_abort_from_another_thread(llm, within):
+    """While that is within a step, or between two."""
     found: list[Any] = []
-    thread = threading.Thread(
-        target=lambda: found.extend(llm.generate(["ab"], dataclasses.replace(LONG, max_tokens=250), use_tqdm=False))
-    )
-    thread.start()
-    while not llm._requests:
-        time.sleep(0.001)
-    llm.abort(next(iter(llm._requests)))
-    thread.join(30)
+    is_running, is_aborted = threading.Event(), threading.Event()
+
+    def work() -> None:
+        params = dataclasses.replace(LONG, max_tokens=250)
+        if within:
+            found.extend(llm.generate(["ab"], params, use_tqdm=False))
+            return
+        deltas = llm.stream(["ab"], params)
+        length = len(next(deltas).token_ids)
+        is_running.set()
+        assert is_aborted.wait(HANGING_S)
+        for delta in deltas:
+            length += len(delta.token_ids)
+        found.append((delta.finish_reason, length))
+
+    def waiting(schedule: Any) -> Any:
+        def wrapped() -> Any:
+            is_running.set()
+            wait_until(lambda: llm._aborts)
+            return schedule()
+
+        return wrapped
+
+    thread = threading.Thread(target=work)
+    with replaced(llm.scheduler, "schedule", waiting if within else lambda schedule: schedule):
+        thread.start()
+        assert is_running.wait(HANGING_S)
+        llm.abort(next(iter(llm._requests)))
+        is_aborted.set()
+        thread.join(HANGING_S)
+    if not within:
+        assert found == [("abort", 1)]
+        assert_idle(llm)
+        return
     (output,) = found
     assert output.outputs[0].finish_reason == "abort"
     assert len(output["token_ids"]) < 250
@@ -425,12 +454,23 @@ def test_threads_get_their_own_results(qwen3):
         outputs = llm.generate(prompts[i], greedy(lengths[i]), use_tqdm=False)
         results[i] = outputs, llm.stats()["num_running"]
 
+    have_come = []
+
+    def counted(enqueue: Any) -> Any:
+        def wrapped(*args: Any) -> None:
+            have_come.append(args)
+            enqueue(*args)
+
+        return wrapped
+
     threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.01)
-    for thread in threads:
-        thread.join(120)
+    with replaced(llm, "_enqueue", counted):
+        with llm._lock.held():  # none begins before all are there
+            for thread in threads:
+                thread.start()
+            wait_until(lambda: len(have_come) == 3)
+        for thread in threads:
+            thread.join(HANGING_S)
     assert len(results) == 3
     for i in range(1, 3):
         assert_matches(qwen3, prompts[i], results[i][0], lengths[i])
@@ -463,31 +503,33 @@ def test_the_lock_is_had_in_turn():
             assert len(turns) > num_turns, "the one inside the turnstile was passed"
     is_over.set()
     for thread in threads:
-        thread.join(30)
+        thread.join(HANGING_S)
     assert not lock.is_mine
 
 
 def test_the_lock_survives_ctrl_c_while_it_waits():
-    lock, has_it, is_over = FairLock(), threading.Event(), threading.Event()
+    lock, has_it, is_over, main = FairLock(), threading.Event(), threading.Event(), threading.get_ident()
 
     def work() -> None:
         with lock.held():
             has_it.set()
-            is_over.wait(30)
+            while lock._turnstile.acquire(blocking=False):  # until the main thread waits inside
+                lock._turnstile.release()
+            signal.pthread_kill(main, signal.SIGINT)
+            is_over.wait(HANGING_S)
 
     thread = threading.Thread(target=work)
     thread.start()
-    has_it.wait(30)
-    threading.Timer(0.1, signal.pthread_kill, [threading.get_ident(), signal.SIGINT]).start()
+    assert has_it.wait(HANGING_S)
     with pytest.raises(KeyboardInterrupt), lock.held():
         pytest.fail("it was not waited for")
     assert not lock.is_mine
     is_over.set()
-    thread.join(30)
-    others = threading.Thread(target=work)  # which comes through the turnstile
-    others.start()
-    others.join(30)
-    assert not others.is_alive()
+    thread.join(HANGING_S)
+    other = threading.Thread(target=lambda: lock.held().__enter__())  # which comes through the turnstile
+    other.start()
+    other.join(HANGING_S)
+    assert not other.is_alive()
 
 
 def test_an_engine_that_was_closed_says_so(qwen3):

@@ -4,10 +4,10 @@ import asyncio
 import contextlib
 import gc
 import threading
-import time
+from collections.abc import Callable, Iterator
 
 import pytest
-from helpers import assert_idle, assert_matches, greedy, many_prompts, replaced
+from helpers import HANGING_S, assert_idle, assert_matches, greedy, many_prompts, replaced, wait_until
 
 from nanovllm import AsyncLLM, SamplingParams
 
@@ -41,36 +41,56 @@ async def collect(llm: AsyncLLM, prompt, params) -> tuple[str, list[int]]:
 
 async def idle(llm: AsyncLLM) -> None:
     """Wait until the engine thread has nothing left."""
-    for _ in range(2000):
-        if not llm.llm._requests and not llm._thread.streams:
-            break
-        await asyncio.sleep(0.005)
+    await asyncio.to_thread(wait_until, lambda: not llm.llm._requests and not llm._thread.streams)
     assert_idle(llm.llm)
+
+
+@contextlib.contextmanager
+def halting(llm: AsyncLLM, may_go_on: Callable[[], bool]) -> Iterator[threading.Event]:
+    """Within the block no request gets beyond its hundredth token before it may; the event says that one is there."""
+    has_halted = threading.Event()
+
+    def halted(schedule):
+        def wrapped():
+            if any(seq.num_completion_tokens >= 100 for seq in llm.llm.scheduler.running):
+                has_halted.set()
+                wait_until(may_go_on)
+            return schedule()
+
+        return wrapped
+
+    with replaced(llm.llm.scheduler, "schedule", halted):
+        yield has_halted
 
 
 def test_many_tasks_at_once(qwen3, llm):
     prompts = many_prompts(12)
 
     async def main():
-        ticks = 0
+        loop, num_answers = asyncio.get_running_loop(), 0
 
-        async def ticking():
-            nonlocal ticks
-            while True:
-                ticks += 1
-                await asyncio.sleep(0.002)
+        def asking(schedule):
+            def wrapped():
+                nonlocal num_answers
+                answered = threading.Event()
+                loop.call_soon_threadsafe(answered.set)
+                assert answered.wait(HANGING_S), "the event loop stands still during a step"
+                num_answers += 1
+                return schedule()
 
-        ticker = asyncio.create_task(ticking())
-        results = await asyncio.gather(*(collect(llm, prompt, greedy(5 + 3 * i)) for i, prompt in enumerate(prompts)))
-        ticker.cancel()
+            return wrapped
+
+        with replaced(llm.llm.scheduler, "schedule", asking):
+            collecting = (collect(llm, prompt, greedy(5 + 3 * i)) for i, prompt in enumerate(prompts))
+            results = await asyncio.gather(*collecting)
         await idle(llm)
-        return results, ticks
+        return results, num_answers
 
-    results, ticks = asyncio.run(main())
+    results, num_answers = asyncio.run(main())
     assert_matches(qwen3, prompts, [ids for _, ids in results], [5 + 3 * i for i in range(12)])
     outputs = llm.llm.generate(prompts, [greedy(5 + 3 * i) for i in range(12)], use_tqdm=False)
     assert [text for text, _ in results] == [output["text"] for output in outputs]
-    assert ticks > 10, "the event loop stood still"
+    assert num_answers > 10
     # Another event loop works as well.
     assert asyncio.run(collect(llm, prompts[0], greedy(5)))[1] == results[0][1]
 
@@ -94,11 +114,13 @@ def test_several_prompts_and_samples_in_one_call(llm):
 
 @pytest.mark.parametrize("how", ["cancel", "timeout", "aclose", "break"])
 def test_leaving_early_aborts_and_leaves_others_alone(qwen3, llm, how):
-    async def leave():
+    has_left = threading.Event()
+
+    async def leave(is_in_the_middle):
         stream = llm.generate("abc", LONG)
         if how == "cancel":
             task = asyncio.create_task(collect(llm, "abc", LONG))
-            await asyncio.sleep(0.05)
+            assert await asyncio.to_thread(is_in_the_middle.wait, HANGING_S)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -116,8 +138,10 @@ def test_leaving_early_aborts_and_leaves_others_alone(qwen3, llm, how):
 
     async def main():
         other = asyncio.create_task(collect(llm, [5, 6, 7], greedy(60)))
-        await leave()
-        result = await other
+        with halting(llm, has_left.is_set) as is_in_the_middle:
+            await leave(is_in_the_middle)
+            has_left.set()
+            result = await other
         await idle(llm)
         return result
 
@@ -196,9 +220,11 @@ def test_chat(qwen3):
 
 def test_closing(qwen3):
     async def main():
-        async with make(qwen3) as llm:
-            waiting = [asyncio.create_task(collect(llm, [i + 1], LONG)) for i in range(3)]
-            await asyncio.sleep(0.05)
+        llm = make(qwen3)
+        with halting(llm, lambda: llm._thread.is_closing) as are_in_the_middle:
+            async with llm:
+                waiting = [asyncio.create_task(collect(llm, [i + 1], LONG)) for i in range(3)]
+                assert await asyncio.to_thread(are_in_the_middle.wait, HANGING_S)
         results = await asyncio.gather(*waiting, return_exceptions=True)
         assert all(isinstance(result, RuntimeError) and "closed" in str(result) for result in results)
         with pytest.raises(RuntimeError, match="closed"):
@@ -215,10 +241,7 @@ def test_an_event_loop_that_is_gone(qwen3, llm):
     stream = llm.generate("abc", LONG)
     loop.run_until_complete(anext(stream))
     loop.close()
-    for _ in range(1000):
-        if not llm._thread.streams:
-            break
-        time.sleep(0.005)
+    wait_until(lambda: not llm._thread.streams)
     assert_idle(llm.llm)
     assert_matches(qwen3, [[1, 2]], [asyncio.run(collect(llm, [1, 2], greedy(5)))[1]], 5)
     with contextlib.suppress(RuntimeError, StopIteration):
@@ -231,5 +254,5 @@ def test_it_is_collected_like_any_other_object(qwen3):
     thread = llm._thread
     del llm
     gc.collect()
-    thread.join(10)
+    thread.join(HANGING_S)
     assert not thread.is_alive()

@@ -11,12 +11,13 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import nbclient
 import nbformat
 import pytest
+from helpers import HANGING_S, wait_until
 
 from nanovllm.__main__ import main as terminal
 from nanovllm.utils.demo import demo_model_path
@@ -223,7 +224,7 @@ def test_the_notebook_runs(monkeypatch):
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
     notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells), "kept without outputs"
-    nbclient.NotebookClient(notebook, timeout=200, kernel_name="python3").execute()
+    nbclient.NotebookClient(notebook, timeout=HANGING_S, startup_timeout=HANGING_S, kernel_name="python3").execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert any("image/png" in output.get("data", {}) for output in outputs), "there is no plot"
     assert "Paris" in str(outputs)
@@ -265,32 +266,29 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves():
     os.close(slave)
     shown = b""
 
-    def wait_for(what: bytes, seconds: float = 60) -> None:
+    def wait_for(is_shown: Callable[[bytes], bool]) -> None:
         nonlocal shown
-        end = time.time() + seconds
-        while what not in shown:
-            assert time.time() < end, shown.decode(errors="replace")[-500:]
-            if select.select([master], [], [], 0.1)[0]:
-                shown += os.read(master, 4096)
+        while not is_shown(shown):
+            assert select.select([master], [], [], HANGING_S)[0], shown.decode(errors="replace")[-500:]
+            shown += os.read(master, 4096)
 
     try:
-        wait_for(b"> ")
+        wait_for(lambda shown: b"> " in shown)
         shown = b""
         os.write(master, b"Write a very long story about a ship.\n")
-        wait_for(b".\r\n")  # the question comes back as it is typed
+        wait_for(lambda shown: b".\r\n" in shown)  # the question comes back as it is typed
         shown = b""
-        while len(shown) < 40:
-            shown += os.read(master, 4096)
+        wait_for(lambda shown: len(shown) >= 40)
         os.kill(process.pid, signal.SIGINT)
-        wait_for(b"[stopped]")
-        wait_for(b"> ")
-        time.sleep(0.5)  # until it reads
+        wait_for(lambda shown: b"> " in shown.partition(b"[stopped]")[2])
         shown = b""
+        stat = Path(f"/proc/{process.pid}/stat")
+        wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "S")  # it sleeps, hence it reads
         os.kill(process.pid, signal.SIGINT)  # at the prompt it throws the line away
-        wait_for(b"> ")
+        wait_for(lambda shown: b"> " in shown)
         assert process.poll() is None
         os.write(master, b"\x04")
-        assert process.wait(30) == 0
+        assert process.wait(HANGING_S) == 0
     finally:
         process.kill()
         process.wait()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import HANGING_S
 
 import nanovllm
 
@@ -145,7 +146,7 @@ for name in {PLAIN}:
 heavy = sorted({{"torch", "numpy", "transformers", "triton"}} & set(sys.modules))
 assert not heavy, heavy
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGING_S)
     assert result.returncode == 0, result.stderr
 
 
@@ -160,7 +161,7 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 from nanovllm import LLM, SamplingParams, RequestOutput
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGING_S)
     assert result.returncode == 0, result.stderr
 
 

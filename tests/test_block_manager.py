@@ -1,7 +1,7 @@
 """The block manager on plain integers: sharing, identity, eviction, and its invariants after every operation."""
 
 import random
-from time import perf_counter
+from time import thread_time
 
 import pytest
 from hypothesis import given, settings
@@ -310,18 +310,21 @@ def test_reset_forgets_everything():
 
 
 def test_reviving_a_block_does_not_search_the_free_list():
-    """With 200,000 free blocks a linear search would take minutes here."""
-    manager = BlockManager(200_000, 1)
-    texts = [[i, i + 1] for i in range(0, 40_000, 2)]
-    for text in texts:
-        manager.deallocate(admit(manager, text))
-    start = perf_counter()
-    for text in reversed(texts):
-        seq = make_seq(text, 1)
-        manager.allocate(seq)
-        assert seq.num_prefix_cached_tokens == 1
-        manager.deallocate(seq)
-    assert perf_counter() - start < 10
+    """Among 200,000 free blocks it takes the work that it does among 200; a linear search would a thousandfold."""
+    seconds = []
+    for num_blocks in (200, 200_000):
+        manager = BlockManager(num_blocks, 1)
+        texts = [[i, i + 1] for i in range(0, 80, 2)]
+        for text in texts:
+            manager.deallocate(admit(manager, text))
+        start = thread_time()  # in which other processes have no part
+        for text in texts[::-1] * 50:
+            seq = make_seq(text, 1)
+            manager.allocate(seq)
+            assert seq.num_prefix_cached_tokens == 1
+            manager.deallocate(seq)
+        seconds.append(thread_time() - start)
+    assert seconds[1] < 30 * seconds[0]
 
 
 # ---- random operations against a model ----
@@ -403,7 +406,7 @@ def test_random_operations(collide, monkeypatch):
     assert num_hits > 100
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(
     st.integers(1, 12),
     st.integers(1, 3),

@@ -7,7 +7,6 @@ import json
 import math
 import random
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import pytest
@@ -29,9 +28,11 @@ from helpers import (
     make_tokenizer,
     many_prompts,
     max_difference,
+    needs_proc,
     random_prompt,
     reference_logprobs,
     replaced,
+    resident_bytes,
     save_checkpoint,
     teacher_forced,
 )
@@ -550,12 +551,19 @@ def test_context_manager_and_repeated_exit(checkpoints):
     assert not hasattr(llm.model_runner, "kv_cache")
 
 
-def test_start_up_is_quick_and_logged_in_one_line(checkpoints, caplog):
-    checkpoint = checkpoints("qwen3")
-    start = perf_counter()
+@needs_proc
+def test_start_up_does_no_more_than_it_must(checkpoints, monkeypatch):
+    """On a CPU nothing is computed, and memory for the cache is taken when it is written."""
+    checkpoint, before = checkpoints("qwen3"), resident_bytes()
+    monkeypatch.setattr("nanovllm.engine.model_runner.ModelRunner.run_model", None)
+    llm = LLM(str(checkpoint.path), device="cpu")
+    assert llm.model_runner.kv_cache.nbytes > 2**26
+    assert resident_bytes() - before < llm.model_runner.kv_cache.nbytes / 2
+
+
+def test_start_up_is_logged_in_one_line(checkpoints, caplog):
     with caplog.at_level("INFO", logger="nanovllm"):
-        llm = LLM(str(checkpoint.path), device="cpu")
-    assert perf_counter() - start < 1
+        llm = LLM(str(checkpoints("qwen3").path), device="cpu")
     (line,) = [r.getMessage() for r in caplog.records if "cache of" in r.getMessage()]
     for word in ("Qwen3ForCausalLM", "cpu", "float32", "sdpa", f"{llm.block_manager.num_blocks} blocks"):
         assert word in line

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import HANGING_S
 from transformers import AutoModelForCausalLM
 
 from nanovllm import LLM, SamplingParams
@@ -90,7 +91,7 @@ def test_concurrent_calls_agree_and_leave_nothing_behind(empty_cache, monkeypatc
     together = threading.Barrier(3)
 
     def convert(gguf_file, target):
-        together.wait(timeout=60)  # all of them convert, so all but one find the directory there
+        together.wait(timeout=HANGING_S)  # all of them convert, so all but one find the directory there
         (target / "config.json").write_text("{}")
 
     monkeypatch.setattr(demo, "convert", convert)

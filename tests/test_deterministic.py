@@ -9,7 +9,20 @@ from typing import Any
 import pytest
 import torch
 from helpers import FAMILIES, VOCAB_SIZE, Watch, random_prompt
-from invariance import PARAMS, Company, assert_same, decoded, result, rows_differ, scored
+from invariance import (
+    PARAMS,
+    Company,
+    assert_same,
+    check_everything_at_once,
+    check_other_settings,
+    check_preemption,
+    check_prefix_hits,
+    check_processes,
+    decoded,
+    result,
+    rows_differ,
+    scored,
+)
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.attention.invariant import InvariantBackend
@@ -60,39 +73,12 @@ def test_chunks(company, name):
 
 @pytest.mark.parametrize(("name", "depth"), [("greedy", 0), ("sampled", 1), ("plain", 1)])
 def test_preemption(company, name, depth):
-    rng = random.Random(4)
-    expected = company.alone(PARAMS[name])
-    with company.make(num_kvcache_blocks=29, max_num_seqs=8) as llm:
-        llm.depth = depth
-        output, watch = company.preempted(llm, PARAMS[name], rng, 3)
-        assert output.metrics.num_preemptions > 0
-        # It had decoded before: what decoding stored is now computed as a prompt.
-        needle = max(watch.seqs)
-        assert any(
-            total > len(PROMPT) + 1 and scheduled > 1
-            for step in watch.steps
-            for seq_id, scheduled, total in zip(step.seq_ids, step.num_scheduled, step.num_tokens)
-            if seq_id == needle
-        )
-        assert_same(output, expected, "preempted")
+    check_preemption(company, PARAMS[name], company.alone(PARAMS[name]), depth, num_kvcache_blocks=29)
 
 
 @every_family
 def test_prefix_hits(company):
-    """On blocks that a prompt filled, and on blocks that decoding filled."""
-    rng = random.Random(5)
-    expected = company.alone(PARAMS["greedy"])
-    longer = Company(company.make, VOCAB_SIZE, PROMPT + expected["token_ids"][:50], company.max_neighbour_len)
-    expected_longer = longer.alone(PARAMS["sampled"])
-    with company.make() as llm:
-        output, _ = company.among(llm, PARAMS["greedy"], rng, 5)
-        assert_same(output, expected, "cold")
-        output, _ = company.among(llm, PARAMS["greedy"], rng, 5)
-        assert output.metrics.num_cached_prompt_tokens == 64
-        assert_same(output, expected, "its prompt cached")
-        output, _ = longer.among(llm, PARAMS["sampled"], rng, 5)
-        assert output.metrics.num_cached_prompt_tokens == 112  # of 120, the last 50 from decoding
-        assert_same(output, expected_longer, "its text cached")
+    check_prefix_hits(company, company.alone(PARAMS["greedy"]), of_prompt=64, of_text=112)
 
 
 @every_family
@@ -118,32 +104,29 @@ def test_prompt_logprobs(company):
 @pytest.mark.parametrize("options", [{"kvcache_block_size": 1}, {"kvcache_block_size": 256}, {"max_num_seqs": 3}])
 def test_other_settings_change_nothing(company, options):
     options = {"num_kvcache_blocks": 16 * 800 // options.get("kvcache_block_size", 16), **options}
-    expected = company.alone(PARAMS["greedy"])
-    for depth in (0, 1):
-        with company.make(**options) as llm:
-            llm.depth = depth
-            output, _ = company.among(llm, PARAMS["greedy"], random.Random(7), 6)
-            assert_same(output, expected, str(options))
+    check_other_settings(company, company.alone(PARAMS["greedy"]), **options)
 
 
 @every_family
 @pytest.mark.parametrize("seed", range(2))
 def test_everything_at_once(company, seed):
-    """Random settings and traffic over several calls: chunks, hits, preemptions and waiting, as they come."""
     rng = random.Random(100 + seed)
     name = rng.choice(list(PARAMS))
-    expected = company.alone(PARAMS[name])
     options = {
         "max_num_batched_tokens": rng.choice([5, 40, 300]),
         "max_num_seqs": rng.choice([2, 9, 40]),
         "num_kvcache_blocks": rng.choice([14, 30, 100]),
     }
-    with company.make(**options) as llm:
-        llm.depth = rng.randint(0, 1)
-        llm.scheduler.completion_ratio = 0.0
-        for call in range(3):
-            output, _ = company.among(llm, PARAMS[name], rng, rng.randint(0, 15))
-            assert_same(output, expected, f"{options}, call {call}")
+    check_everything_at_once(company, PARAMS[name], company.alone(PARAMS[name]), rng, 15, **options)
+
+
+def test_other_processes(company):
+    """Today and tomorrow: nothing of a process's own goes into the bits."""
+    expected = {name: company.alone(PARAMS[name]) for name in ("greedy", "sampled")}
+    with company.make() as llm:
+        config = llm.config
+    options = {name: getattr(config, name) for name in ("model", "max_model_len", "kvcache_block_size", "max_num_seqs")}
+    check_processes(company, expected, device="cpu", num_kvcache_blocks=800, **options)
 
 
 def test_two_threads_of_arithmetic(company):

@@ -2,13 +2,11 @@
 
 import asyncio
 import contextlib
-import ctypes
 import gc
 import math
 import multiprocessing
 import random
 import threading
-import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,18 +17,23 @@ import torch
 import transformers
 from helpers import (
     EOS,
+    HANGING_S,
     Checkpoint,
     Watch,
     assert_idle,
     assert_matches,
     check_blocks,
+    child_pids,
     copy_checkpoint,
     greedy,
     make_tokenizer,
     many_prompts,
+    needs_proc,
     random_prompt,
     replaced,
+    resident_bytes,
     save_checkpoint,
+    wait_until,
 )
 
 from nanovllm import LLM, AsyncLLM, EngineDeadError, SamplingParams, StructuredOutputsParams
@@ -306,7 +309,7 @@ def test_threads_and_tasks_hear_of_a_lost_device(qwen3, monkeypatch):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(HANGING_S)
     assert [type(result) for result in results] == [EngineDeadError] * 3
 
 
@@ -507,24 +510,15 @@ def test_broken_requests_among_many(qwen3, seed):
 # ---- start and end ----
 
 
-def processes() -> set[int]:
-    """The children of this process, whoever started them."""
-    found: set[int] = set()
-    for file in Path("/proc/self/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            found.update(map(int, file.read_text().split()))
-    return found
-
-
 @pytest.fixture
 def nothing_stays() -> Iterator[None]:
-    threads, children = set(threading.enumerate()), processes()
+    threads, children = set(threading.enumerate()), child_pids()
     yield
     gc.collect()
     for thread in set(threading.enumerate()) - threads:
-        thread.join(10)
+        thread.join(HANGING_S)
         assert not thread.is_alive(), thread
-    assert processes() <= children
+    assert child_pids() <= children
     assert not multiprocessing.active_children()
 
 
@@ -558,22 +552,11 @@ def test_every_end_gives_everything_back(qwen3, how):
         end()
         end()
     gc.collect()
-    for _ in range(1000):  # a thread may be on its way out
-        if not any(ref() is not None for ref in refs):
-            break
-        time.sleep(0.005)
-    assert [ref() for ref in refs] == [None] * 3
+    wait_until(lambda: [ref() for ref in refs] == [None] * 3)  # a thread may be on its way out
     assert_works_again(qwen3)
 
 
-def resident_bytes() -> int:
-    """What malloc keeps for later left out: in a process that has run many tests that is any amount."""
-    with contextlib.suppress(AttributeError, OSError):  # another libc than GNU's
-        ctypes.CDLL(None).malloc_trim(0)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads Linux's /proc")
+@needs_proc
 @pytest.mark.usefixtures("nothing_stays")
 def test_memory_returns_to_the_baseline(qwen3):
     """Engines one after the other and two at once, each with 64 MiB of cache that was written."""
@@ -822,7 +805,7 @@ def test_a_thread_that_fails_does_not_mix_with_others(qwen3):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(100)
+            thread.join(HANGING_S)
     assert not wrong
     assert len(failed) + len(served) == 24
     assert failed

@@ -10,7 +10,20 @@ from typing import Any
 import pytest
 import torch
 from helpers import Watch, many_prompts, random_prompt
-from invariance import PARAMS, Company, assert_same, decoded, result, rows_differ, scored
+from invariance import (
+    PARAMS,
+    Company,
+    assert_same,
+    check_everything_at_once,
+    check_other_settings,
+    check_preemption,
+    check_prefix_hits,
+    check_processes,
+    decoded,
+    result,
+    rows_differ,
+    scored,
+)
 from test_gpu import Replays, qwen3_checkpoint
 
 from nanovllm import LLM, SamplingParams
@@ -21,6 +34,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 VOCAB_SIZE = 151936
 PAGE = 64
+OPTIONS = {"max_model_len": 2048, "kvcache_block_size": PAGE, "max_num_seqs": 160, "num_kvcache_blocks": 2000}
 SIZES = [1, 2, 3, 7, 8, 9, 16, 17, 64, 65, 127, 128, 129, 256, 257, 500, 512, 1000]
 PROMPT = random_prompt(random.Random(1), 300, VOCAB_SIZE)
 
@@ -154,11 +168,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def maker(path: str, deterministic: bool = True) -> Callable[..., LLM]:
     def make(**options: Any) -> LLM:
-        defaults = {
-            "deterministic": deterministic, "max_model_len": 2048, "kvcache_block_size": PAGE, "max_num_seqs": 160,
-            "num_kvcache_blocks": 2000,
-        }  # fmt: skip
-        return LLM(path, **{**defaults, **options})
+        return LLM(path, **{"deterministic": deterministic, **OPTIONS, **options})
 
     return make
 
@@ -214,33 +224,11 @@ def test_chunks(company, expected, budget):
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("name", ["greedy", "sampled", "plain"])
 def test_preemption(company, expected, name, depth):
-    with company.make(num_kvcache_blocks=37, max_num_seqs=8) as llm:
-        llm.depth = depth
-        output, watch = company.preempted(llm, PARAMS[name], random.Random(4), 3)
-        assert output.metrics.num_preemptions > 0
-        needle = max(watch.seqs)
-        assert any(
-            total > len(PROMPT) + 1 and scheduled > 1
-            for step in watch.steps
-            for seq_id, scheduled, total in zip(step.seq_ids, step.num_scheduled, step.num_tokens)
-            if seq_id == needle
-        ), "nothing that decoding stored was computed as a prompt"
-        assert_same(output, expected[name], f"{name}, preempted")
+    check_preemption(company, PARAMS[name], expected[name], depth, num_kvcache_blocks=37)
 
 
 def test_prefix_hits(company, expected):
-    """On blocks that a prompt filled, and on blocks that decoding filled."""
-    rng = random.Random(5)
-    longer = Company(company.make, VOCAB_SIZE, PROMPT + expected["greedy"]["token_ids"][:50], 600)
-    expected_longer = longer.alone(PARAMS["sampled"])
-    with company.make() as llm:
-        for cached in (0, 256):
-            output, _ = company.among(llm, PARAMS["greedy"], rng, 5)
-            assert output.metrics.num_cached_prompt_tokens == cached
-            assert_same(output, expected["greedy"], f"{cached} tokens cached")
-        output, _ = longer.among(llm, PARAMS["sampled"], rng, 5)
-        assert output.metrics.num_cached_prompt_tokens == 320  # of 350, the last 20 from decoding
-        assert_same(output, expected_longer, "decoded blocks cached")
+    check_prefix_hits(company, expected["greedy"], of_prompt=256, of_text=320)
 
 
 @pytest.mark.parametrize("budget", [16384, 90])
@@ -254,11 +242,7 @@ def test_decode_equals_prefill(company, expected, budget):
 @pytest.mark.parametrize("options", [{"kvcache_block_size": 16}, {"kvcache_block_size": 256}, {"max_num_seqs": 3}])
 def test_other_settings_change_nothing(company, expected, options):
     options = {**options, "num_kvcache_blocks": 128000 // options.get("kvcache_block_size", PAGE)}
-    for depth in (0, 1):
-        with company.make(**options) as llm:
-            llm.depth = depth
-            output, _ = company.among(llm, PARAMS["greedy"], random.Random(7), 6)
-            assert_same(output, expected["greedy"], f"{options}, depth {depth}")
+    check_other_settings(company, expected["greedy"], **options)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -271,12 +255,13 @@ def test_everything_at_once(company, expected, seed):
         "num_kvcache_blocks": rng.choice([30, 100, 400]),
         "enforce_eager": rng.random() < 0.3,
     }
-    with company.make(**options) as llm:
-        llm.depth = rng.randint(0, 1)
-        llm.scheduler.completion_ratio = 0.0
-        for call in range(3):
-            output, _ = company.among(llm, PARAMS[name], rng, rng.randint(0, 60))
-            assert_same(output, expected[name], f"{name}, {options}, call {call}")
+    check_everything_at_once(company, PARAMS[name], expected[name], rng, 60, **options)
+
+
+def test_other_processes(company, expected, path):
+    """Today and tomorrow: nothing of a process's own goes into the bits."""
+    asked = {name: expected[name] for name in ("greedy", "sampled")}
+    check_processes(company, asked, model=path, **{**OPTIONS, "num_kvcache_blocks": 500})
 
 
 def test_without_the_mode_something_differs(path):

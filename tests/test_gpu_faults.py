@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Checkpoint, assert_idle, assert_matches, greedy, many_prompts, replaced
+from helpers import HANGING_S, Checkpoint, assert_idle, assert_matches, greedy, many_prompts, replaced
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import model_runner
@@ -93,7 +93,7 @@ def test_a_sticky_error(qwen3: Checkpoint, where):
         os._exit(0)  # destructors of a lost context may abort the process, which is none of our business
     """
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=250, check=False
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=HANGING_S, check=False
     )
     lines = result.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["DEAD"] * 4 + ["CLOSED"], result.stdout + result.stderr[-3000:]

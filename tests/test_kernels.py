@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from helpers import HANGING_S
 
 triton = pytest.importorskip("triton")
 
@@ -47,7 +48,7 @@ on_gpu = pytest.mark.parametrize(("device", "dtype"), TARGETS[1:2])
 def test_under_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGING_S)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
@@ -60,7 +61,7 @@ def test_import_without_triton():
         "from nanovllm.kernels import attention_invariant, linear_invariant\n"
         "assert norm.rms_norm(torch.ones(2, 4), torch.ones(4), 1e-6).shape == (2, 4)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=HANGING_S)
 
 
 @pytest.fixture(autouse=True)

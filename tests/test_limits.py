@@ -102,7 +102,7 @@ def test_a_prompt_of_all_but_one_of_max_model_len(qwen3, budget):
 # ---- what can never fit is refused, and everything else ends ----
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, derandomize=True)
 @given(
     num_blocks=st.integers(1, 6),
     block_size=st.integers(1, 5),

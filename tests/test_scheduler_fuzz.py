@@ -162,9 +162,7 @@ class AnyOrder(RuleBasedStateMachine):
 
 def test_any_order_of_events():
     AnyOrder.totals.clear()
-    AnyOrder.TestCase.settings = settings(
-        max_examples=200, stateful_step_count=30, deadline=None, derandomize=True, database=None
-    )
+    AnyOrder.TestCase.settings = settings(max_examples=200, stateful_step_count=30, derandomize=True, database=None)
     AnyOrder.TestCase("runTest").runTest()
     print(dict(AnyOrder.totals))
     for event in ("preemptions", "hits", "chunks", "ahead", "wasted_rows", "error", "stop_string", "resets"):
