@@ -35,7 +35,8 @@ class RequestState:
     def write_blocks(self, updates: torch.Tensor | None) -> None:
         """updates [3, U] int64: rows, indices in their tables, block ids; None for none."""
         if updates is not None:
-            self.block_tables[updates[0], updates[1]] = updates[2].int()
+            rows, indices, block_ids = updates.unbind()
+            self.block_tables.index_put_((rows, indices), block_ids.int())
 
 
 @dataclass(slots=True)
@@ -85,7 +86,7 @@ class PrefillBatch:
 class DecodeBatch:
     """A step in which every row computes its newest token."""
 
-    row_ids: np.ndarray  # [B], the permanent rows
+    row_ids: bytes  # [B] int64, the permanent rows; as bytes they are quick to compare
     max_context_len: int
     rows: torch.Tensor  # [B] int64, the same on the device
     block_updates: torch.Tensor | None  # [3, U] int64, see RequestState.write_blocks
@@ -132,16 +133,16 @@ def prepare_decode(seqs: list[Sequence], last: tuple[list[Sequence], StepInput] 
 
 def decode_batch(step: StepInput, device: torch.device, previous: DecodeBatch | None = None) -> DecodeBatch:
     """`previous`: the batch of the step before; if its rows are these, they need not travel again."""
-    row_ids, updates = step.data[: step.num_rows], step.data[step.num_rows :]
-    if previous is not None and np.array_equal(previous.row_ids, row_ids):
+    row_ids = step.data[: step.num_rows].tobytes()
+    if previous is not None and previous.row_ids == row_ids:
         rows = previous.rows
     else:
-        rows = to_device(row_ids, device)
+        rows = to_device(step.data[: step.num_rows], device)
     return DecodeBatch(
         row_ids=row_ids,
         max_context_len=step.max_context_len,
         rows=rows,
-        block_updates=to_device(updates, device).view(3, -1) if step.num_updates else None,
+        block_updates=to_device(step.data[step.num_rows :], device).view(3, -1) if step.num_updates else None,
     )
 
 
