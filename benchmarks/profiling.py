@@ -17,8 +17,8 @@ from nanovllm.engine.block_manager import BlockManager
 
 
 def host_profile(llm: LLM, case: Case, num_steps: int = 100) -> dict[str, float]:
-    """Microseconds of host work per decode step of the whole `case`, by part: medians, since whatever else runs on the
-    host strikes few steps and those hard. The engine is useless afterwards.
+    """Microseconds of host work per decode step of the whole `case`, by part: the mean of the middle half of the steps,
+    since whatever else runs on the host strikes few steps and those hard. The engine is useless afterwards.
 
     The model is replaced by one that answers at once, so what is timed is schedule, prepare (with the copies to the
     device, the launch excepted) and postprocess, at the context lengths of the case's prompts.
@@ -61,7 +61,9 @@ def host_profile(llm: LLM, case: Case, num_steps: int = 100) -> dict[str, float]
         start = perf_counter()
         llm.step()
         steps.append({**seconds, "step": perf_counter() - start})
-    return {part: round(statistics.median(step[part] for step in steps) * 1e6, 1) for part in steps[0]}
+    steps.sort(key=lambda step: step["step"])
+    middle = steps[num_steps // 4 : -(num_steps // 4)]
+    return {part: round(statistics.mean(step[part] for step in middle) * 1e6, 1) for part in steps[0]}
 
 
 def device_profile(llm: LLM, case: Case, temperature: float, trace_file: Path, num_steps: int = 30) -> str:

@@ -556,6 +556,34 @@ def test_every_end_gives_everything_back(qwen3, how):
     assert_works_again(qwen3)
 
 
+@pytest.mark.usefixtures("nothing_stays")
+@pytest.mark.parametrize("raises", [False, True])
+def test_an_engine_keeps_no_callable_and_no_callable_keeps_an_engine(qwen3, raises):
+    """Not even one that knows the engine: when its request has ended nobody has it."""
+    llm = qwen3.llm()
+
+    def callable_of(llm: LLM) -> Any:
+        def processor(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+            assert llm.stats()["num_running"] == 1
+            if raises and len(token_ids) == 2:
+                raise RuntimeError("boom")
+            return logits
+
+        return processor
+
+    processor = callable_of(llm)
+    known = weakref.ref(processor)
+    with pytest.raises(RuntimeError, match="boom") if raises else contextlib.nullcontext():
+        llm.generate([[1, 2]], SamplingParams(max_tokens=4, logits_processors=[processor]), use_tqdm=False)
+    del processor
+    gc.collect()
+    assert known() is None
+    refs = parts(llm)
+    del llm
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * 3
+
+
 @needs_proc
 @pytest.mark.usefixtures("nothing_stays")
 def test_memory_returns_to_the_baseline(qwen3):

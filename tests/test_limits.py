@@ -149,8 +149,9 @@ def count_alive() -> int:
 
 def test_ten_thousand_requests_of_mixed_sizes(qwen3):
     llm = qwen3.llm(num_kvcache_blocks=300, max_num_seqs=128, max_num_batched_tokens=140)
-    llm.generate([[1]], greedy(1), use_tqdm=False)
     alive = count_alive()
+    llm.generate([[1, 2]], greedy(5), use_tqdm=False)
+    assert count_alive() == alive
     rng = random.Random(0)
     different = many_prompts(50)
     prompts = [rng.choice(different) for _ in range(10_000)]

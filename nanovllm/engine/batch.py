@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import DecodingSequences, Sequence
 from nanovllm.layers.sampler import LogitsAdjustments
 
 PROMPT_LOGPROBS_CHUNK = 256  # positions whose logits exist at once
@@ -108,26 +108,39 @@ def block_updates(seqs: list[Sequence]) -> list[tuple[int, int, int]]:
     return updates
 
 
-def prepare_decode(seqs: list[Sequence], last: tuple[list[Sequence], StepInput] | None = None) -> StepInput:
-    """`last`: the sequences and the input of the step before. If they are the same list, most of this is known."""
-    updates = block_updates(seqs)
-    if last is not None and last[0] is seqs:
-        rows, is_plain = last[1].data[: len(seqs)], last[1].is_plain
-        max_context_len = last[1].max_context_len + 1
-    else:
-        rows, is_plain = np.array([seq.row for seq in seqs], dtype=np.int64), all([seq.is_plain for seq in seqs])
-        max_context_len = max([seq.num_cached_tokens for seq in seqs]) + 1
+@dataclass(slots=True)
+class DecodeFacts:
+    """What is the same in all steps of the same decoding sequences."""
+
+    rows: np.ndarray  # [B] int64, the permanent rows
+    is_plain: bool
+    longest: Sequence  # for they grow in step
+
+    @classmethod
+    def of(cls, seqs: list[Sequence]) -> "DecodeFacts":
+        facts = getattr(seqs, "facts", None)
+        if facts is None:
+            rows = np.array([seq.row for seq in seqs], dtype=np.int64)
+            longest = max(seqs, key=lambda seq: seq.num_cached_tokens)
+            facts = cls(rows, all([seq.is_plain for seq in seqs]), longest)
+            if isinstance(seqs, DecodingSequences):
+                seqs.facts = facts
+        return facts
+
+
+def prepare_decode(seqs: list[Sequence]) -> StepInput:
+    facts, updates = DecodeFacts.of(seqs), block_updates(seqs)
     return StepInput(
         is_prefill=False,
-        is_plain=is_plain,
+        is_plain=facts.is_plain,
         num_rows=len(seqs),
         num_tokens=len(seqs),
         num_updates=len(updates),
         num_decodes=len(seqs),
         num_logprob_runs=0,
         max_seqlen_q=1,
-        max_context_len=max_context_len,
-        data=np.concatenate([rows, np.array(updates, dtype=np.int64).T.ravel()]) if updates else rows,
+        max_context_len=facts.longest.num_cached_tokens + 1,
+        data=np.concatenate([facts.rows, np.array(updates, dtype=np.int64).T.ravel()]) if updates else facts.rows,
     )
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class FairLock:
-    """A re-entrant lock that threads get in turn.
+    """A re-entrant lock that no thread can keep to itself by asking for it again at once.
 
     A plain lock goes to whoever asks first once it is free, and that is the thread that has just let go of it: one that
     takes it for every step of a long call would keep the others out until its last. Here those that wait stand at a

@@ -82,7 +82,6 @@ class ModelRunner:
         loaded()
         self.sampler = Sampler()
         self.last_decode: DecodeBatch | None = None
-        self._last: tuple[list[Sequence], StepInput] | None = None  # what `run` was given, and made of it
         self.backend = load_backend(str(config.attention_backend), self.block_size, config.deterministic)
         self.graphs: DecodeGraphs | None = None
         if self.device.type == "cuda" and not config.enforce_eager and self.backend.supports_cuda_graph:
@@ -103,7 +102,6 @@ class ModelRunner:
         Raises EngineDeadError if a rank is lost.
         """
         step = self.prepare_prefill(seqs) if is_prefill else self.prepare_decode(seqs)
-        self._last = seqs, step
         if self.workers is None:
             output = self.execute(step, seqs)
         else:
@@ -138,7 +136,7 @@ class ModelRunner:
         return prepare_prefill(seqs)
 
     def prepare_decode(self, seqs: list[Sequence]) -> StepInput:
-        return prepare_decode(seqs, self._last)
+        return prepare_decode(seqs)
 
     def run_prefill(self, batch: PrefillBatch) -> torch.Tensor:
         """Launch a step with prompts in it -> token ids [B] int64 on the device."""

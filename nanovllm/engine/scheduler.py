@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.sequence import DecodingSequences, Sequence, SequenceStatus
 
 FINISHED = SequenceStatus.FINISHED
 
@@ -35,9 +35,7 @@ class Scheduler:
         self.running: deque[Sequence] = deque()
         self._free_rows = list(range(self.max_num_seqs))[::-1]
         self._admission_blocked = False  # the head of the queue did not fit, and nothing has been freed since
-        # Who decodes; None if that has to be found out anew. From step to step it is mostly the same: then it is the
-        # same list, by which whoever is given it knows.
-        self._decoding: list[Sequence] | None = None
+        self._decoding: DecodingSequences | None = None  # None: who decodes has to be found out anew
         # Running sequences whose KV is not to be trusted; they start over when the tokens in flight for them have come.
         self._tainted: set[Sequence] = set()
         for seq in sorted(survivors, key=lambda seq: seq.seq_id):
@@ -66,8 +64,10 @@ class Scheduler:
         budget = self.max_num_batched_tokens
         if self._decoding is None:
             # A sequence that the step in flight will end by length is not scheduled again.
-            self._decoding = [seq for seq in self.running if seq.is_decoding and seq.num_tokens < seq.max_num_tokens]
-        decoding = self._decoding if len(self._decoding) <= budget else self._decoding[:budget]
+            self._decoding = DecodingSequences(
+                [seq for seq in self.running if seq.is_decoding and seq.num_tokens < seq.max_num_tokens]
+            )
+        decoding: list[Sequence] = self._decoding if len(self._decoding) <= budget else self._decoding[:budget]
         budget -= len(decoding)
         prefilling: list[Sequence] = []
         if len(decoding) < len(self.running) and budget:

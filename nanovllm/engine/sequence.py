@@ -152,3 +152,12 @@ class Sequence:
         self.num_device_blocks = 0
         self.is_decoding = False
         del self.logprobs[len(self.token_ids) - self.num_prompt_tokens :]  # of tokens that were drawn and not kept
+
+
+class DecodingSequences(list[Sequence]):
+    """The sequences that decode, for as long as they are the same: a list that nobody changes.
+
+    What is found out about them once for all their steps is kept here, and so no longer than they decode.
+    """
+
+    facts: Any = None  # engine/batch.py's
