@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import transformers
 from simulator import check_blocks
@@ -378,9 +377,6 @@ def replaced(obj: Any, name: str, make: Callable[[Any], Any]) -> Any:
             setattr(obj, name, old)
         else:
             delattr(obj, name)
-
-
-needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads Linux's /proc")
 
 
 def child_pids() -> set[int]:

@@ -28,7 +28,6 @@ from helpers import (
     make_tokenizer,
     many_prompts,
     max_difference,
-    needs_proc,
     random_prompt,
     reference_logprobs,
     replaced,
@@ -551,7 +550,6 @@ def test_context_manager_and_repeated_exit(checkpoints):
     assert not hasattr(llm.model_runner, "kv_cache")
 
 
-@needs_proc
 def test_start_up_does_no_more_than_it_must(checkpoints, monkeypatch):
     """On a CPU nothing is computed, and memory for the cache is taken when it is written."""
     checkpoint, before = checkpoints("qwen3"), resident_bytes()

@@ -28,7 +28,6 @@ from helpers import (
     greedy,
     make_tokenizer,
     many_prompts,
-    needs_proc,
     random_prompt,
     replaced,
     resident_bytes,
@@ -584,7 +583,6 @@ def test_an_engine_keeps_no_callable_and_no_callable_keeps_an_engine(qwen3, rais
     assert [ref() for ref in refs] == [None] * 3
 
 
-@needs_proc
 @pytest.mark.usefixtures("nothing_stays")
 def test_memory_returns_to_the_baseline(qwen3):
     """Engines one after the other and two at once, each with 64 MiB of cache that was written."""

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from nanovllm import SamplingParams
-from nanovllm.engine.batch import prepare_sample
+from nanovllm.engine.adjustments import prepare_sample
 from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.sampler import Sampler, adjust_logits

@@ -436,28 +436,26 @@ def broken_kv_stays_in_the_cache(patch):
     patch.setattr(BlockManager, "forget", lambda self, seq: None)
 
 
-@defect
-def admission_stays_blocked(patch):
+def release_leaves(patch, name):
+    """Whoever stops running leaves an attribute of the scheduler as it was."""
     release = Scheduler._release
 
     def release_and_forget(self, seq):
-        blocked = self._admission_blocked
+        before = getattr(self, name)
         release(self, seq)
-        self._admission_blocked = blocked
+        setattr(self, name, before)
 
     patch.setattr(Scheduler, "_release", release_and_forget)
+
+
+@defect
+def admission_stays_blocked(patch):
+    release_leaves(patch, "_admission_blocked")
 
 
 @defect
 def decoding_rows_out_of_date(patch):
-    release = Scheduler._release
-
-    def release_and_forget(self, seq):
-        decoding = self._decoding
-        release(self, seq)
-        self._decoding = decoding
-
-    patch.setattr(Scheduler, "_release", release_and_forget)
+    release_leaves(patch, "_decoding")
 
 
 @defect

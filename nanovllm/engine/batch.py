@@ -4,7 +4,6 @@ B rows, T new tokens in all, R permanent rows. The device keeps each running req
 decode step needs nothing from the host but which rows take part: their newest tokens have never left the device.
 """
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,6 @@ import numpy as np
 import torch
 
 from nanovllm.engine.sequence import DecodingSequences, Sequence
-from nanovllm.layers.sampler import LogitsAdjustments
 
 PROMPT_LOGPROBS_CHUNK = 256  # positions whose logits exist at once
 
@@ -240,95 +238,3 @@ def prompt_logprob_runs(seqs: list[Sequence]) -> list[tuple[int, int, int, int]]
                 runs.append((row, start, offset + start - first, offset + stop - first))
         offset += count
     return runs
-
-
-def prepare_sample(seqs: list[Sequence], vocab_size: int, device: torch.device) -> LogitsAdjustments | None:
-    """What the rows that ask for more than a temperature need; None if none does."""
-    asking = [
-        (row, seq)
-        for row, seq in enumerate(seqs)
-        # In the middle of a prompt nothing is drawn, and users' callables expect to be asked once a token.
-        if seq.sampling_params.adjusts_logits and seq.num_cached_tokens + seq.num_scheduled_tokens == seq.num_tokens
-    ]
-    if not asking:
-        return None
-    params = [seq.sampling_params for _, seq in asking]
-    numbered = [(i, seq, seq.sampling_params) for i, (_, seq) in enumerate(asking)]
-
-    def column(values: list, dtype: type) -> torch.Tensor:
-        return to_device(np.array(values, dtype=dtype), device)
-
-    def pairs(rows_and_ids: list[tuple[int, int]]) -> torch.Tensor | None:
-        return column(rows_and_ids, np.int64).T if rows_and_ids else None
-
-    adjustments = LogitsAdjustments(
-        rows=column([row for row, _ in asking], np.int64),
-        temperatures=column([p.temperature for p in params], np.float32),
-    )
-    if any(p.top_k > 0 for p in params):
-        adjustments.top_k = column([min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params], np.int64)
-    if any(p.top_p < 1.0 for p in params):
-        adjustments.top_p = column([p.top_p for p in params], np.float32)
-    if any(p.min_p > 0.0 for p in params):
-        adjustments.min_p = column([p.min_p for p in params], np.float32)
-    if any(p.allowed_token_ids or p.structured_outputs for p in params):
-        allowed = np.ones((len(asking), vocab_size), dtype=bool)
-        for i, seq, p in numbered:
-            if p.allowed_token_ids:
-                allowed[i] = False
-                allowed[i, list(p.allowed_token_ids)] = True
-            if seq.grammar is not None:
-                allowed[i] &= seq.grammar.allowed(seq.completion_token_ids)
-        adjustments.allowed = to_device(allowed, device)
-    banned = [(i, token_id) for i, seq, p in numbered for token_id in banned_ids(seq)]
-    adjustments.banned = pairs(banned)
-    bias = [(i, token_id, value) for i, seq, p in numbered for token_id, value in (p.logit_bias or {}).items()]
-    if bias:
-        index = pairs([(i, token_id) for i, token_id, _ in bias])
-        assert index is not None
-        adjustments.bias = index, column([value for _, _, value in bias], np.float32)
-    adjustments.processors = [
-        (i, bind_processor(processor, seq)) for i, seq, p in numbered for processor in p.logits_processors or ()
-    ]
-    if any(p.has_penalties for p in params):
-        values = [[p.presence_penalty for p in params], [p.frequency_penalty for p in params]]
-        adjustments.penalties = column([*values, [p.repetition_penalty for p in params]], np.float32).unsqueeze(-1)
-        penalized = [(i, seq) for i, seq, p in numbered if p.has_penalties]
-        adjustments.output_tokens = pairs([(i, x) for i, seq in penalized for x in seq.completion_token_ids])
-        adjustments.prompt_tokens = pairs([(i, x) for i, seq in penalized for x in seq.prompt_token_ids])
-    return adjustments
-
-
-def banned_ids(seq: Sequence) -> list[int]:
-    """Tokens that would complete a bad word, or end the completion before `min_tokens`."""
-    banned = list(seq.stop_ids) if seq.num_completion_tokens < seq.sampling_params.min_tokens else []
-    for word in seq.request.bad_words_ids if seq.sampling_params.bad_words else ():
-        if len(word) == 1 or seq.completion_token_ids[-len(word) + 1 :] == word[:-1]:
-            banned.append(word[-1])
-    return banned
-
-
-def bind_processor(processor: Any, seq: Sequence) -> Any:
-    """A callable of the logits alone; users' take the output ids, and the prompt's before them if they take three.
-
-    What it raises is kept for whoever made the request: no other row of the batch hears of it.
-    """
-    request = seq.request
-
-    def bound(logits: torch.Tensor) -> torch.Tensor:
-        if request.error is None:
-            try:
-                arguments: list[Any] = [seq.completion_token_ids]
-                if len(inspect.signature(processor).parameters) == 3:
-                    arguments.insert(0, seq.prompt_token_ids)
-                result = processor(*arguments, logits)
-                if isinstance(result, torch.Tensor) and result.shape == logits.shape:
-                    return result
-                raise TypeError(
-                    f"logits_processors must return the logits, [{len(logits)}]; {processor!r} gave {result!r}"
-                )
-            except Exception as error:
-                request.error = error
-        return torch.full_like(logits, float("-inf"))  # leaves nothing to draw, which ends the request
-
-    return bound

@@ -189,31 +189,12 @@ class EngineCore:
                 continue
             if seq.was_ended_by_token:  # whose text is no text
                 continue
-            if self._is_whole(seq):
+            if seq.is_whole():
                 finished += self._stop(seq)
             if not seq.is_finished:
                 seq.request.emit(seq)
         for seq in finished:
             self._finish(seq)
-
-    def _is_whole(self, seq: Sequence) -> bool:
-        """Whether the text of `seq` says that it has ended: with a stop string, or by its grammar."""
-        if seq.detokenizer is not None and seq.detokenizer.follow(seq.token_ids, seq.num_prompt_tokens):
-            seq.stop_reason = seq.detokenizer.stopped_by
-            return True
-        return seq.grammar is not None and seq.grammar.is_finished(seq.completion_token_ids)
-
-    def _end_reason(self, seq: Sequence) -> str | None:
-        """Why the tokens of `seq` are all, if they are: an interruption may have come before anybody acted on it."""
-        if len(seq.token_ids) == seq.num_prompt_tokens:
-            return None
-        reason = seq.end_reason()
-        if reason != "stop":
-            if seq.detokenizer is not None:
-                seq.detokenizer.reset()
-            if self._is_whole(seq):
-                return "stop"
-        return reason
 
     def _stop(self, seq: Sequence) -> list[Sequence]:
         """End `seq` for what its text says; the list of it, if the scheduler had not ended it already."""
@@ -251,7 +232,7 @@ class EngineCore:
         for request in list(self._requests.values()):
             for seq in request.seqs:
                 # One that the scheduler ended by its length may have a stop string at its very end.
-                if seq.finish_reason in (None, "length") and (end := self._end_reason(seq)):
+                if seq.finish_reason in (None, "length") and (end := seq.reread()):
                     seq.finish(end)
                 if seq.is_finished:  # but perhaps nobody was told
                     self._finish(seq)

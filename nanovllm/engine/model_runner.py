@@ -13,6 +13,7 @@ import torch
 
 from nanovllm.attention import load_backend
 from nanovllm.config import Config
+from nanovllm.engine.adjustments import prepare_sample
 from nanovllm.engine.batch import (
     DecodeBatch,
     PrefillBatch,
@@ -22,7 +23,6 @@ from nanovllm.engine.batch import (
     prefill_batch,
     prepare_decode,
     prepare_prefill,
-    prepare_sample,
     prompt_logprob_runs,
 )
 from nanovllm.engine.cuda_graph import DecodeGraphs

@@ -129,6 +129,25 @@ class Sequence:
             return "stop"
         return "length" if len(self.token_ids) >= self.max_num_tokens else None
 
+    def is_whole(self) -> bool:
+        """Whether the text says that it has ended: with a stop string, or by its grammar."""
+        if self.detokenizer is not None and self.detokenizer.follow(self.token_ids, self.num_prompt_tokens):
+            self.stop_reason = self.detokenizer.stopped_by
+            return True
+        return self.grammar is not None and self.grammar.is_finished(self.completion_token_ids)
+
+    def reread(self) -> str | None:
+        """Why the tokens are all, if they are: an interruption may have come before anybody acted on it."""
+        if len(self.token_ids) == self.num_prompt_tokens:
+            return None
+        reason = self.end_reason()
+        if reason != "stop":
+            if self.detokenizer is not None:
+                self.detokenizer.reset()
+            if self.is_whole():
+                return "stop"
+        return reason
+
     @property
     def was_ended_by_token(self) -> bool:
         """Whether the last token is an end-of-sequence or a stop token."""
