@@ -316,7 +316,7 @@ def test_decode_shares_a_plan(device, dtype):
     ],
 )
 def test_plan(device, dtype, context_lens, num_kv_heads, max_context_len):
-    """Items cover every context once, in order and whole blocks, and none is much longer than the mean."""
+    """Items cover every context once, the longest first, in whole blocks, and none is much longer than the mean."""
     lens = torch.tensor(context_lens, dtype=torch.int32, device=device)
     plan = attention_decode.plan_decode(lens, num_kv_heads, num_kv_heads, 16, max_context_len)
     items = plan.items[:, :5].tolist()
@@ -325,8 +325,8 @@ def test_plan(device, dtype, context_lens, num_kv_heads, max_context_len):
     expected = 0
     target = max(4 * num_multiprocessors(lens.device) // num_kv_heads, len(lens))
     longest = max(sum(context_lens) / target, attention_decode.MIN_ITEM_LEN) + attention_decode.BLOCK
-    for seq, length in enumerate(context_lens):
-        num_items = items[expected][4]
+    for seq in sorted(range(len(context_lens)), key=lambda seq: -context_lens[seq]):
+        length, num_items = context_lens[seq], items[expected][4]
         position = 0
         for item, (row, begin, end, first_item, count) in enumerate(items[expected : expected + num_items], expected):
             assert (row, begin, first_item, count) == (seq, position, expected, num_items)

@@ -14,8 +14,9 @@ class AttentionBackend(ABC):
 
     supports_cuda_graph = True
 
-    def __init__(self, block_size: int):
+    def __init__(self, block_size: int, heads: tuple[int, int, int]):
         self.block_size = block_size  # tokens
+        self.heads = heads  # query heads, key/value heads, head_dim: of this rank's part of every layer
 
     def prepare(self, context: Context) -> None:  # noqa: B027 - optional
         """Derive what all layers of this step share into `context.backend_data`."""
@@ -94,6 +95,8 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype, block_size: int
     return None
 
 
-def load_backend(name: str, block_size: int, deterministic: bool = False) -> AttentionBackend:
+def load_backend(
+    name: str, block_size: int, heads: tuple[int, int, int], deterministic: bool = False
+) -> AttentionBackend:
     module, cls, _ = ("nanovllm.attention.invariant", "InvariantBackend", 1) if deterministic else BACKENDS[name]
-    return getattr(importlib.import_module(module), cls)(block_size)
+    return getattr(importlib.import_module(module), cls)(block_size, heads)

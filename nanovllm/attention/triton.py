@@ -10,21 +10,20 @@ from nanovllm.utils.context import Context
 
 class TritonBackend(AttentionBackend):
     def prepare(self, context: Context) -> None:
-        """`backend_data`: how the decodes' contexts are cut, by layer shape; filled at the first layer."""
-        context.backend_data = None
+        """`backend_data`: how the decodes' contexts are cut. Not left to the first layer, so that in all of them
+        it is older than the kernel before attention, during which attention begins to read."""
+        if context.num_decodes:
+            context.backend_data = plan_decode(
+                context.context_lens[: context.num_decodes], *self.heads, context.max_context_len
+            )
 
     def forward(self, q, k, v, k_cache, v_cache, scale, context):
         n = context.num_decodes
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if n:
-            if context.backend_data is None:
-                (num_heads, head_dim), num_kv_heads = q.shape[1:], k.shape[1]
-                context.backend_data = plan_decode(
-                    context.context_lens[:n], num_heads, num_kv_heads, head_dim, context.max_context_len
-                )
             paged_attention_decode(
                 q[:n], k_cache, v_cache, context.block_tables[:n], context.context_lens[:n], scale,
-                context.max_context_len, out=out[:n], plan=context.backend_data,
+                context.max_context_len, out=out[:n], plan=context.backend_data, is_early=True,
             )  # fmt: skip
         if context.cu_seqlens_q is not None:
             paged_attention_prefill(

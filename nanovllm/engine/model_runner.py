@@ -82,7 +82,9 @@ class ModelRunner:
         loaded()
         self.sampler = Sampler()
         self.last_decode: DecodeBatch | None = None
-        self.backend = load_backend(str(config.attention_backend), self.block_size, config.deterministic)
+        layers = [module for module in self.model.modules() if isinstance(module, Attention)]
+        heads = layers[0].num_heads, layers[0].num_kv_heads, layers[0].head_dim
+        self.backend = load_backend(str(config.attention_backend), self.block_size, heads, config.deterministic)
         self.graphs: DecodeGraphs | None = None
         if self.device.type == "cuda" and not config.enforce_eager and self.backend.supports_cuda_graph:
             self.graphs = DecodeGraphs(self, config.max_num_seqs)

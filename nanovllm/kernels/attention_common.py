@@ -66,9 +66,10 @@ def count_items(
 def plan_kernel(
     context_lens_ptr, items_ptr, arrivals_ptr, batch_size, max_items, target_items,
     NUM_KV_HEADS: tl.constexpr, BLOCK: tl.constexpr, MIN_ITEM_LEN: tl.constexpr, ITEM_FIELDS: tl.constexpr,
-    TILE: tl.constexpr, PDL: tl.constexpr,
+    TILE: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Writes the items of all contexts, and counts of 0; one program for all, TILE sequences at a time."""
+    """Writes the items of all contexts, and counts of 0; one program for all, TILE sequences at a time, each of them
+    compared with CHUNK others at a time."""
     pdl_wait(PDL)
     lanes = tl.arange(0, TILE)
     total = tl.zeros([TILE], tl.int32)
@@ -77,15 +78,25 @@ def plan_kernel(
         total += tl.load(context_lens_ptr + seqs, mask=seqs < batch_size, other=0)
     longest = tl.maximum(tl.cdiv(tl.sum(total, axis=0), target_items), MIN_ITEM_LEN)
 
+    # In the order of their lengths, longest first: what is cut comes early, so that merging it holds nobody up at the
+    # end, and the shortest come last, so that all multiprocessors end together.
     end_item = 0
     for first_seq in range(0, batch_size, TILE):
         seqs = first_seq + lanes
         live = seqs < batch_size
         lens = tl.load(context_lens_ptr + seqs, mask=live, other=0)
-        num_items = tl.maximum(tl.cdiv(lens, longest), 1)
-        item_len = tl.maximum(tl.cdiv(tl.cdiv(lens, num_items), BLOCK), 1) * BLOCK  # equal but for whole blocks
-        num_items = tl.where(live, tl.maximum(tl.cdiv(lens, item_len), 1), 0)
-        first_item = end_item + tl.cumsum(num_items, axis=0) - num_items
+        num_items, item_len = cut(lens, longest, BLOCK)
+        num_items = tl.where(live, num_items, 0)
+        first_item = tl.zeros([TILE], tl.int32)
+        for first_other in range(0, batch_size, CHUNK):
+            others = first_other + tl.arange(0, CHUNK)
+            other_lens = tl.load(context_lens_ptr + others, mask=others < batch_size, other=0)
+            other_items, _ = cut(other_lens, longest, BLOCK)
+            is_before = (other_lens[None, :] > lens[:, None]) | (
+                (other_lens[None, :] == lens[:, None]) & (others[None, :] < seqs[:, None])
+            )
+            is_before &= (others < batch_size)[None, :]
+            first_item += tl.sum(tl.where(is_before, other_items[None, :], 0), axis=1)
         for i in range(tl.max(num_items, axis=0)):
             mask = (i < num_items) & (first_item + i < max_items)
             item_ptrs = items_ptr + (first_item + i) * ITEM_FIELDS
@@ -101,3 +112,11 @@ def plan_kernel(
         tl.store(
             items_ptr + (item + lanes) * ITEM_FIELDS, -1 + tl.zeros([TILE], tl.int32), mask=item + lanes < max_items
         )
+
+
+@jit
+def cut(lens, longest, BLOCK: tl.constexpr):
+    """Into how many items contexts of `lens` are cut, none above about `longest`, and their length, in whole blocks."""
+    num_items = tl.maximum(tl.cdiv(lens, longest), 1)
+    item_len = tl.maximum(tl.cdiv(tl.cdiv(lens, num_items), BLOCK), 1) * BLOCK  # equal but for whole blocks
+    return tl.maximum(tl.cdiv(lens, item_len), 1), item_len

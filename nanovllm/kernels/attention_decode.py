@@ -20,9 +20,18 @@ from nanovllm.kernels.attention_common import (
     page_offsets,
     plan_kernel,
 )
-from nanovllm.kernels.triton_utils import jit, launch_options, next_power_of_2, pdl_wait, tl, use_triton
+from nanovllm.kernels.triton_utils import (
+    jit,
+    launch_options,
+    next_power_of_2,
+    pdl_wait,
+    prefetch_l2,
+    tl,
+    use_triton,
+)
 
 MIN_ITEM_LEN = 128  # shorter items would take less time than merging them
+PREFETCH_BLOCKS = 2  # of an item, before its program waits; as many as its pipeline has in flight
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +54,7 @@ def paged_attention_decode(
     max_context_len: int,
     out: torch.Tensor | None = None,
     plan: DecodePlan | None = None,
+    is_early: bool = False,
 ) -> torch.Tensor:
     """Attention of each sequence's one query over its whole context -> [B, num_heads, head_dim].
 
@@ -52,16 +62,17 @@ def paged_attention_decode(
         context_lens: a row of none is zeros.
         max_context_len: no context is longer.
         plan: of `plan_decode` for these context_lens, to share among layers; None for one of its own.
+        is_early: another kernel was launched between the plan and this: reading may begin while that one still runs.
     """
     if use_triton(q):
         return paged_attention_decode_triton(
-            q, k_cache, v_cache, block_tables, context_lens, scale, max_context_len, out, plan
+            q, k_cache, v_cache, block_tables, context_lens, scale, max_context_len, out, plan, is_early
         )
     return paged_attention_decode_torch(q, k_cache, v_cache, block_tables, context_lens, scale, max_context_len, out)
 
 
 def paged_attention_decode_torch(
-    q, k_cache, v_cache, block_tables, context_lens, scale, max_context_len, out=None, plan=None
+    q, k_cache, v_cache, block_tables, context_lens, scale, max_context_len, out=None, plan=None, is_early=False
 ):
     block_size, num_kv_heads = k_cache.shape[1:3]
     group = q.shape[1] // num_kv_heads
@@ -90,14 +101,15 @@ def plan_decode(
     plan_kernel[(1,)](
         context_lens, plan.items, plan.arrivals, batch_size, max_items, target_items,
         NUM_KV_HEADS=num_kv_heads, BLOCK=BLOCK, MIN_ITEM_LEN=MIN_ITEM_LEN, ITEM_FIELDS=ITEM_FIELDS, TILE=256,
-        num_warps=4, **launch_options(),
+        CHUNK=32, num_warps=8, **launch_options(),
     )  # fmt: skip
     return plan
 
 
 def paged_attention_decode_triton(
-    q, k_cache, v_cache, block_tables, context_lens, scale, max_context_len, out=None, plan=None, config=None
-):
+    q, k_cache, v_cache, block_tables, context_lens, scale, max_context_len, out=None, plan=None, is_early=False,
+    config=None,
+):  # fmt: skip
     batch_size, num_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
     check_layout(q, k_cache, v_cache)
@@ -106,6 +118,7 @@ def paged_attention_decode_triton(
     if not batch_size:
         return out
     if plan is None:
+        is_early = False
         plan = plan_decode(context_lens, num_heads, num_kv_heads, head_dim, max_context_len)
     # Three stages at head_dim 128 in 16 bits: two blocks, 64 KB, in flight, and three programs a multiprocessor.
     num_warps, num_stages = config or (4, 3 if k_cache.element_size() * head_dim <= 256 else 2)
@@ -113,28 +126,34 @@ def paged_attention_decode_triton(
     block_merge = next_power_of_2(group)
     _decode_kernel[(num_kv_heads, len(plan.items))](
         q, k_cache, v_cache, block_tables, plan.items, plan.partial_out, plan.partial_lse, plan.arrivals, out,
-        scale * LOG2_E, q.stride(0), block_tables.stride(0),
+        scale * LOG2_E, q.stride(0), block_tables.stride(0), int(is_early),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, D=head_dim, PAGE=block_size, ITEM_FIELDS=ITEM_FIELDS,
         BLOCK=BLOCK, BLOCK_HEADS=max(block_merge, 16), BLOCK_MERGE=block_merge,
         MERGE_ITEMS=max(4096 // (block_merge * head_dim), 1),  # 32 numbers a thread
-        num_warps=num_warps, num_stages=num_stages, **launch_options(),
+        PREFETCH_BLOCKS=PREFETCH_BLOCKS, num_warps=num_warps, num_stages=num_stages, **launch_options(),
     )  # fmt: skip
     return out
 
 
-@jit(do_not_specialize=("block_tables_ptr", "table_stride"))
+@jit(do_not_specialize=("block_tables_ptr", "table_stride", "is_early"))
 def _decode_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, block_tables_ptr, items_ptr, partial_out_ptr, partial_lse_ptr, arrivals_ptr,
-    out_ptr, scale_log2, q_stride, table_stride,
+    out_ptr, scale_log2, q_stride, table_stride, is_early,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, ITEM_FIELDS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_MERGE: tl.constexpr, MERGE_ITEMS: tl.constexpr,
-    PDL: tl.constexpr,
+    PREFETCH_BLOCKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program an item and kv head; its GROUP query heads are the first rows of a tile that tl.dot accepts."""
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
     ROW: tl.constexpr = NUM_KV_HEADS * D
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
+    if PDL:  # noqa: SIM102 - this is known when compiling
+        if is_early:
+            prefetch_item(
+                k_cache_ptr, v_cache_ptr, block_tables_ptr, table_stride, items_ptr + item * ITEM_FIELDS, kv_head,
+                ROW, D, PAGE, BLOCK, PREFETCH_BLOCKS,
+            )  # fmt: skip
     pdl_wait(PDL)
     item_ptr = items_ptr + item * ITEM_FIELDS
     seq = tl.load(item_ptr).to(tl.int64)
@@ -195,6 +214,30 @@ def _decode_kernel(
                 tl.store(
                     out_ptr + merge_offsets, merged.to(out_ptr.dtype.element_ty), mask=(merge_rows < GROUP)[:, None]
                 )
+
+
+@jit
+def prefetch_item(
+    k_cache_ptr, v_cache_ptr, block_tables_ptr, table_stride, item_ptr, kv_head,
+    ROW: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Have the first keys and values of an item travel to L2, where it is no harm that the newest are being written."""
+    # .cg: this multiprocessor's L1 may hold what the step before left in these places.
+    seq = tl.load(item_ptr, cache_modifier=".cg").to(tl.int64)
+    begin = tl.load(item_ptr + 1, cache_modifier=".cg")
+    end = tl.load(item_ptr + 2, cache_modifier=".cg")
+    if seq >= 0:
+        LINE: tl.constexpr = 1024 // k_cache_ptr.dtype.element_ty.primitive_bitwidth  # elements in 128 bytes
+        offsets = tl.arange(0, BLOCK)
+        lines = tl.arange(0, max(D // LINE, 1)) * LINE
+        table_ptr = block_tables_ptr + seq * table_stride
+        for i in tl.static_range(NUM_BLOCKS):
+            token = begin + i * BLOCK
+            # Of tokens beyond the end page 0 is asked for, which is there.
+            pages = load_pages(table_ptr, token, end, offsets, PAGE, BLOCK)
+            kv_offsets = page_offsets(pages, token, offsets, ROW, PAGE, BLOCK)[:, None] + kv_head * D + lines[None, :]
+            prefetch_l2(k_cache_ptr + kv_offsets)
+            prefetch_l2(v_cache_ptr + kv_offsets)
 
 
 @jit

@@ -117,7 +117,7 @@ def plan_invariant(
         plan_kernel[(1,)](
             context_lens, items, arrivals, num_decodes, max_items, target_items,
             NUM_KV_HEADS=num_kv_heads, BLOCK=SPLIT, MIN_ITEM_LEN=SPLIT, ITEM_FIELDS=ITEM_FIELDS, TILE=256,
-            num_warps=4, **launch_options(),
+            CHUNK=32, num_warps=8, **launch_options(),
         )  # fmt: skip
     if num_decodes < len(context_lens):
         queries = queries_per_tile(num_heads, num_kv_heads)[1]
