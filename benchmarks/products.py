@@ -79,7 +79,7 @@ def chain(kind: str, x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor
     return add_rms_norm(out, residual, norm, 1e-6)[0]
 
 
-def make_inputs(num_rows: int, outputs: int, depth: int, kind: str) -> tuple[list[torch.Tensor], torch.Tensor]:
+def make_inputs(num_rows: int, outputs: int, depth: int, kind: str) -> tuple[Any, torch.Tensor]:
     hidden = depth if kind in ("wide", "gated") else outputs
     shapes = [(num_rows, depth), (num_rows, hidden), (hidden,)]
     x, residual, norm = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
@@ -88,7 +88,7 @@ def make_inputs(num_rows: int, outputs: int, depth: int, kind: str) -> tuple[lis
     return [x, residual, norm], weights
 
 
-def microseconds(kind: str, inputs: list[torch.Tensor], weights: torch.Tensor, tiling: Any) -> float:
+def microseconds(kind: str, inputs: Any, weights: torch.Tensor, tiling: Any) -> float:
     def run() -> None:
         for weight in weights:
             chain(kind, *inputs, weight, tiling)
@@ -113,7 +113,7 @@ def microseconds(kind: str, inputs: list[torch.Tensor], weights: torch.Tensor, t
     return statistics.median(times[2:])
 
 
-def error(kind: str, inputs: list[torch.Tensor], weight: torch.Tensor, tiling: Tiling) -> float:
+def error(kind: str, inputs: Any, weight: torch.Tensor, tiling: Tiling) -> float:
     expected = chain(kind, *inputs, weight, None).float()
     return float((chain(kind, *inputs, weight, tiling).float() - expected).norm() / expected.norm())
 
@@ -134,13 +134,10 @@ def main() -> None:
     parser.add_argument("--model", choices=SHAPES, nargs="+", default=list(SHAPES))
     parser.add_argument("--rows", type=int, nargs="+", default=[16, 64, 128, 256])
     parser.add_argument("--show", type=int, default=3, help="how many of the best to print")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all times there")
     args = parser.parse_args()
-    cases = [
-        (model, name, rows, *shape)
-        for model in args.model
-        for name, shape in SHAPES[model].items()
-        for rows in args.rows
-    ]
+    named = [(model, name, shape) for model in args.model for name, shape in SHAPES[model].items()]
+    cases = [(model, name, rows, *shape) for model, name, shape in named for rows in args.rows]
     jobs: dict[Any, Any] = {}
     for _, _, rows, outputs, depth, kind in cases:
         for tiling in candidates(rows, outputs, depth, kind):
