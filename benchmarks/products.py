@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from benchmarks import machine
 from nanovllm.kernels.activation import silu_and_mul
-from nanovllm.kernels.matmul import Tiling, matmul
+from nanovllm.kernels.matmul import BLOCK_K, BLOCK_N, Tiling, matmul
 from nanovllm.kernels.norm import add_rms_norm
 
 # outputs, depth, kind: "wide" after a norm, "gated" with an activation, "narrow" before a norm.
@@ -49,26 +49,20 @@ SHARED_BYTES = 220 * 2**10
 def candidates(num_rows: int, outputs: int, depth: int, kind: str) -> list[Tiling]:
     """Worth a try: every multiprocessor has something to do, and shared memory holds it."""
     found = []
-    blocks_m = [m for m in (16, 32, 64, 128, 256) if m // 2 < max(num_rows, 16) <= 2 * m]
-    narrow = kind == "narrow"
-    shapes = itertools.product(blocks_m, (32, 64, 128), ((64, 4), (64, 6), (128, 3), (128, 4)), (1, 2, 4, 8))
-    for block_m, block_n, (block_k, num_stages), num_splits in shapes:
-        if (num_splits > 1 and not narrow) or depth % (block_k * num_splits) or outputs % block_n:
+    for block_m, num_splits, num_stages in itertools.product((16, 32, 64, 128), (1, 2, 4, 8), (3, 4, 5, 7)):
+        programs = outputs // BLOCK_N * -(-num_rows // block_m) * num_splits
+        stage_bytes = (BLOCK_N + block_m) * BLOCK_K * 2
+        if (num_splits > 1 and (kind != "narrow" or programs > 272)) or depth % (BLOCK_K * num_splits):
             continue
-        programs = outputs // block_n * -(-num_rows // block_m) * num_splits
-        stage_bytes = (block_n + block_m) * block_k * 2
-        if programs < (90 if narrow else 48) or (num_splits > 1 and programs > 272):
+        if not num_rows <= 2 * block_m <= 4 * max(num_rows, 16) or stage_bytes * num_stages > SHARED_BYTES:
             continue
-        if block_m * block_n > 128 * 256 or (narrow and block_n == 32) or stage_bytes * num_stages > SHARED_BYTES:
-            continue
-        swaps = [block_m < 64] if block_m != 64 or block_n == 32 else [True, False]
-        num_warps = 8 if block_m * block_n >= 128 * 128 else 4
-        found += [Tiling(block_n, block_m, block_k, num_splits, swap, num_warps, num_stages) for swap in swaps]
+        found.append(Tiling(block_m, num_splits, num_stages))
     return found
 
 
-def chain(kind: str, x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, tiling: Any):
-    """One layer's worth; tiling: a Tiling, or None for cuBLAS."""
+def chain(kind: str, inputs: Any, weight: torch.Tensor, tiling: Tiling | None) -> torch.Tensor:
+    """One layer's worth; tiling: None for cuBLAS."""
+    x, residual, norm = inputs
     if kind in ("wide", "gated"):
         x, _ = add_rms_norm(x, residual, norm, 1e-6)
         if tiling is not None:
@@ -91,7 +85,7 @@ def make_inputs(num_rows: int, outputs: int, depth: int, kind: str) -> tuple[Any
 def microseconds(kind: str, inputs: Any, weights: torch.Tensor, tiling: Any) -> float:
     def run() -> None:
         for weight in weights:
-            chain(kind, *inputs, weight, tiling)
+            chain(kind, inputs, weight, tiling)
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -114,8 +108,8 @@ def microseconds(kind: str, inputs: Any, weights: torch.Tensor, tiling: Any) -> 
 
 
 def error(kind: str, inputs: Any, weight: torch.Tensor, tiling: Tiling) -> float:
-    expected = chain(kind, *inputs, weight, None).float()
-    return float((chain(kind, *inputs, weight, tiling).float() - expected).norm() / expected.norm())
+    expected = chain(kind, inputs, weight, None).float()
+    return float((chain(kind, inputs, weight, tiling).float() - expected).norm() / expected.norm())
 
 
 def compile_all(jobs: list[tuple[int, int, int, str, Tiling]]) -> None:
@@ -165,7 +159,7 @@ def main() -> None:
         ]})  # fmt: skip
         read = 2e6 * outputs * depth / 3.0e12
         best = "  ".join(
-            f"{us:.2f} n{t.block_n} m{t.block_m} k{t.block_k} s{t.num_splits} {'w' if t.swap else 'x'} {t.num_stages}st"
+            f"{us:.2f} ({t.block_m} tokens, {t.num_splits} splits, {t.num_stages} stages)"
             for us, t in times[: args.show]
         )
         print(f"{model:5} {name:8} {rows:4} rows, read {read:6.2f}, cuBLAS {base:6.2f} | {best}", flush=True)

@@ -24,6 +24,7 @@ from nanovllm.kernels.triton_utils import (
     jit,
     launch_options,
     next_power_of_2,
+    num_multiprocessors,
     pdl_wait,
     prefetch_l2,
     tl,
@@ -31,6 +32,7 @@ from nanovllm.kernels.triton_utils import (
 )
 
 MIN_ITEM_LEN = 128  # shorter items would take less time than merging them
+RESIDENT_PROGRAMS = 3  # on a multiprocessor
 PREFETCH_BLOCKS = 2  # of an item, before its program waits; as many as its pipeline has in flight
 
 
@@ -122,11 +124,13 @@ def paged_attention_decode_triton(
         plan = plan_decode(context_lens, num_heads, num_kv_heads, head_dim, max_context_len)
     # Three stages at head_dim 128 in 16 bits: two blocks, 64 KB, in flight, and three programs a multiprocessor.
     num_warps, num_stages = config or (4, 3 if k_cache.element_size() * head_dim <= 256 else 2)
+    # As many programs as run at once, or none.
+    num_early = RESIDENT_PROGRAMS * num_multiprocessors(q.device) if is_early else 0
     group = num_heads // num_kv_heads
     block_merge = next_power_of_2(group)
     _decode_kernel[(num_kv_heads, len(plan.items))](
         q, k_cache, v_cache, block_tables, plan.items, plan.partial_out, plan.partial_lse, plan.arrivals, out,
-        scale * LOG2_E, q.stride(0), block_tables.stride(0), int(is_early),
+        scale * LOG2_E, q.stride(0), block_tables.stride(0), num_early,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, D=head_dim, PAGE=block_size, ITEM_FIELDS=ITEM_FIELDS,
         BLOCK=BLOCK, BLOCK_HEADS=max(block_merge, 16), BLOCK_MERGE=block_merge,
         MERGE_ITEMS=max(4096 // (block_merge * head_dim), 1),  # 32 numbers a thread
@@ -135,10 +139,10 @@ def paged_attention_decode_triton(
     return out
 
 
-@jit(do_not_specialize=("block_tables_ptr", "table_stride", "is_early"))
+@jit(do_not_specialize=("block_tables_ptr", "table_stride", "num_early"))
 def _decode_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, block_tables_ptr, items_ptr, partial_out_ptr, partial_lse_ptr, arrivals_ptr,
-    out_ptr, scale_log2, q_stride, table_stride, is_early,
+    out_ptr, scale_log2, q_stride, table_stride, num_early,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, ITEM_FIELDS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_MERGE: tl.constexpr, MERGE_ITEMS: tl.constexpr,
     PREFETCH_BLOCKS: tl.constexpr, PDL: tl.constexpr,
@@ -149,7 +153,8 @@ def _decode_kernel(
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
     if PDL:  # noqa: SIM102 - this is known when compiling
-        if is_early:
+        # Who comes later would not wait, and has nothing to gain.
+        if item * NUM_KV_HEADS + kv_head < num_early:
             prefetch_item(
                 k_cache_ptr, v_cache_ptr, block_tables_ptr, table_stride, items_ptr + item * ITEM_FIELDS, kv_head,
                 ROW, D, PAGE, BLOCK, PREFETCH_BLOCKS,
@@ -167,12 +172,11 @@ def _decode_kernel(
         rows = tl.arange(0, BLOCK_HEADS)
         heads = kv_head * GROUP + rows
         in_group = rows < GROUP
-        q_offsets = seq * q_stride + heads[:, None] * D + dims[None, :]
-        q = tl.load(q_ptr + q_offsets, mask=in_group[:, None], other=0.0)
+        q = tl.load(q_ptr + seq * q_stride + heads[:, None] * D + dims[None, :], mask=in_group[:, None], other=0.0)
+        table_ptr = block_tables_ptr + seq * table_stride
         m = tl.full([BLOCK_HEADS], float("-inf"), tl.float32)  # running maximum of the scores, in units of log2
         l = tl.zeros([BLOCK_HEADS], tl.float32)  # running sum of 2^(score - m)  # noqa: E741
         acc = tl.zeros([BLOCK_HEADS, D], tl.float32)
-        table_ptr = block_tables_ptr + seq * table_stride
         pages = load_pages(table_ptr, begin, end, offsets, PAGE, BLOCK)
         for token in range(begin, end, BLOCK):
             # The next pages are asked for now: otherwise each k and v would wait for two reads, one after the other.

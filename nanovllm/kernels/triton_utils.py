@@ -9,12 +9,17 @@ import torch
 if TYPE_CHECKING:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 else:
     try:
         import triton
         import triton.language as tl
     except ImportError:  # macOS, CPU-only installs: the kernels below then stay plain functions that nobody calls
         triton = tl = None
+    try:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+    except ImportError:  # before Triton 3.4
+        TensorDescriptor = None
 
 HAS_TRITON = triton is not None
 if not HAS_TRITON:
@@ -26,6 +31,12 @@ if not HAS_TRITON:
 @functools.cache
 def has_pdl() -> bool:
     return torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0)
+
+
+@functools.cache
+def has_tma() -> bool:
+    """Whether tiles can travel by the tensor memory accelerator (Hopper and later)."""
+    return TensorDescriptor is not None and has_pdl()
 
 
 def jit(function=None, *, do_not_specialize: tuple[str, ...] = ()):
