@@ -33,7 +33,7 @@ from nanovllm.kernels.triton_utils import (
 
 MIN_ITEM_LEN = 128  # shorter items would take less time than merging them
 RESIDENT_PROGRAMS = 3  # on a multiprocessor
-PREFETCH_BLOCKS = 2  # of an item, before its program waits; as many as its pipeline has in flight
+PREFETCH_BLOCKS = 1  # of an item, before its program waits; two are no better, four are worse
 
 
 @dataclass(frozen=True, slots=True)
