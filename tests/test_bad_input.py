@@ -757,6 +757,48 @@ def test_ctrl_c_when_a_text_of_others_has_just_ended(qwen3, how, depth):
     assert_idle(llm)
 
 
+def test_ctrl_c_where_a_stream_of_others_is_told(qwen3):
+    """At each line from a token to its delta: a half-read stream misses nothing of its text and gets nothing twice."""
+    llm = qwen3.llm()
+    params = dataclasses.replace(greedy(6), stop=["zz"])
+    (expected,) = llm.generate([[5, 6, 7]], params, use_tqdm=False)
+    places = {"_postprocess", "_finish", "_report", "emit", "take", "take_deltas", "finish", "is_whole", "follow"}
+
+    def run(n: int) -> tuple[InterruptAtLine, list[int], str]:
+        """Another call is interrupted at line `n` while the stream's last three tokens come."""
+        stream = llm.stream([[5, 6, 7]], params)
+        deltas = [next(stream) for _ in range(3)]
+        with InterruptAtLine(n) as interrupt, contextlib.suppress(KeyboardInterrupt):
+            llm.generate([[1, 2]], greedy(8), use_tqdm=False)
+        deltas += list(stream)
+        assert [delta.finish_reason for delta in deltas if delta.finish_reason] == ["length"], interrupt.where
+        tokens = [token_id for delta in deltas for token_id in delta.token_ids]
+        return interrupt, tokens, "".join(delta.text for delta in deltas)
+
+    counter, lines = InterruptAtLine(), []
+    on_line = counter.on_line
+
+    def noting(frame: Any, event: str, arg: Any) -> Any:
+        on_line(frame, event, arg)
+        if event == "line" and frame.f_code.co_name in places:
+            lines.append(counter.count)
+        return noting
+
+    counter.on_line = noting  # type: ignore[method-assign]
+    stream = llm.stream([[5, 6, 7]], params)
+    for _ in range(3):
+        next(stream)
+    with counter:
+        llm.generate([[1, 2]], greedy(8), use_tqdm=False)
+    stream.close()
+    assert len(lines) > 100
+    for n in lines:
+        interrupt, tokens, text = run(n)
+        assert tokens == expected["token_ids"], interrupt.where
+        assert text == expected["text"], interrupt.where
+    assert_idle(llm)
+
+
 @pytest.mark.parametrize("depth", [0, 1])
 def test_ctrl_c_once_more_during_the_recovery(qwen3, depth):
     """An impatient user: the second one comes at each line of the clean-up of the first."""
