@@ -92,6 +92,8 @@ BAD_PROMPTS: list[tuple[Any, type[Exception], str]] = [
     (1.5, TypeError, "float"),
     (b"abc", TypeError, "bytes"),
     ({"prompt": 3}, TypeError, "int"),
+    ({"prompt": 3, "prompt_token_ids": [1]}, TypeError, "'prompt' .*no string: 3"),
+    ({"prompt": "x", 3: "y"}, ValueError, r"'prompt_token_ids', got \['prompt', 3\]"),
     ({"prompt_token_ids": [1, None]}, TypeError, "None"),
     ({"text": "x"}, ValueError, "'prompt_token_ids', got.*'text'"),
     ({"prompt": "x", "images": []}, ValueError, "images"),
@@ -142,8 +144,13 @@ def test_a_list_of_ids_and_other_things_is_neither(llm, prompts):
 
 @pytest.mark.usefixtures("unharmed")
 def test_text_that_is_no_text(llm):
-    with pytest.raises((TypeError, ValueError)):
-        llm.generate("a\ud800b", use_tqdm=False)
+    text = "a\ud800b"  # half of a surrogate pair
+    with pytest.raises(ValueError, match=r"prompts\[0\] is no valid text: .*position 1"):
+        llm.generate(text, use_tqdm=False)
+    with pytest.raises(ValueError, match="chat template wrote is no valid text"):
+        llm.chat([{"role": "user", "content": text}], chat_template="{{ messages[0].content }}", use_tqdm=False)
+    with pytest.raises(ValueError, match="bad_words is no valid text"):
+        llm.generate("a", SamplingParams(bad_words=[text]), use_tqdm=False)
 
 
 def test_good_prompts_of_other_types(llm, qwen3):
