@@ -17,6 +17,7 @@ from nanovllm.utils.validation import check_bool, check_float, check_int, strict
 logger = logging.getLogger("nanovllm")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES |= {"float": torch.float32, "half": torch.float16}  # vLLM's names for these
 MAX_INT32 = 2**31 - 1  # lengths and block ids are 32-bit integers on the device
 MAX_NUM_SEQS = 2**16  # each has a permanent row, taken at the start
 

@@ -75,7 +75,7 @@ VLLM_SCRIPTS = {
     "logprobs": """
         from vllm import LLM, SamplingParams, TokensPrompt
 
-        llm = LLM(MODEL, max_model_len=256, max_num_seqs=16, enforce_eager=True, dtype="float32")
+        llm = LLM(MODEL, max_model_len=256, max_num_seqs=16, enforce_eager=True, dtype="float")
         tokenizer = llm.get_tokenizer()
         ids = tokenizer.encode("The quick brown fox jumps over the lazy dog")
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, logprobs=5)

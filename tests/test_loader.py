@@ -405,6 +405,13 @@ def test_another_activation(checkpoints, tmp_path):
         LLM(path, **SMALL)
 
 
+def test_quantized_weights(checkpoints, tmp_path):
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    path = edited(checkpoints("qwen3").path, tmp_path / "x", quantization_config=quantization)
+    with pytest.raises(ValueError, match="quantization_config"):
+        LLM(path, **SMALL)
+
+
 def test_code_in_a_checkpoint_is_never_run(qwen3, tmp_path):
     path = Path(edited(qwen3.path, tmp_path / "x", auto_map={"AutoConfig": "evil.EvilConfig"}, model_type="evil"))
     ran = tmp_path / "ran"

@@ -135,9 +135,10 @@ class InputProcessor:
                     "'cache_salt' may come with it"
                 )
             if keys == ["prompt", "prompt_token_ids"]:
-                if not isinstance(prompt["prompt"], str):
-                    raise TypeError(f"{name} has a 'prompt' beside its token ids that is no string: {prompt['prompt']!r}")
-                return prompt["prompt"], self._check_ids(prompt["prompt_token_ids"], name)
+                text = prompt["prompt"]
+                if not isinstance(text, str):
+                    raise TypeError(f"{name} has a 'prompt' beside its token ids that is no string: {text!r}")
+                return text, self._check_ids(prompt["prompt_token_ids"], name)
             prompt = prompt[keys[0]]
         if isinstance(prompt, str):
             if not prompt:  # even where the tokenizer begins every text with a token of its own
