@@ -15,18 +15,11 @@ def main() -> None:
 
     llm = LLM(args.model or demo_model_path())
     sampling_params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
-    prompts = [
-        str(
-            llm.tokenizer.apply_chat_template(
-                [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-            )
-        )
-        for question in ("introduce yourself", "list all prime numbers within 100")
-    ]
-    outputs = llm.generate(prompts, sampling_params)
+    questions = ("introduce yourself", "list all prime numbers within 100")
+    outputs = llm.chat([[{"role": "user", "content": question}] for question in questions], sampling_params)
 
-    for prompt, output in zip(prompts, outputs):
-        print(f"\nPrompt: {prompt!r}")
+    for output in outputs:
+        print(f"\nPrompt: {output.prompt!r}")
         print(f"Completion: {output['text']!r}")
 
 

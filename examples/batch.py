@@ -20,7 +20,7 @@ from nanovllm.utils.demo import demo_model_path
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
     """The rows of a dataset by their id."""
     rows: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text().splitlines()):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")):
         if line.strip():
             row = json.loads(line)
             row_id = str(row.get("id", number))
@@ -55,7 +55,7 @@ def main() -> None:
     print(f"{len(rows)} rows, {len(rows) - len(todo)} answered already")
     if not todo:
         return
-    with LLM(args.model or demo_model_path()) as llm, args.output.open("a") as output:
+    with LLM(args.model or demo_model_path()) as llm, args.output.open("a", encoding="utf-8") as output:
         prompts = [
             llm.chat_prompts(row["messages"])[0] if "messages" in row else row["prompt"] for row in todo.values()
         ]

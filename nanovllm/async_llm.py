@@ -26,9 +26,8 @@ class _Stream:
 
     def take(self) -> list[Any]:
         """What is new of it, for the queue."""
-        deltas = [delta for request in self.requests for delta in request.take_deltas()]
-        errors = [request.error for request in self.requests if request.error is not None]
-        end = errors[:1] if errors else [] if self.call.unfinished else [None]
+        deltas, errors = self.call.take_deltas()
+        end: list[Any] = errors[:1] or ([] if self.call.unfinished else [None])
         return [deltas, *end] if deltas else end
 
     def put(self, *items: Any) -> bool:

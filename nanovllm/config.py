@@ -17,7 +17,12 @@ from nanovllm.utils.validation import check_bool, check_float, check_int, strict
 logger = logging.getLogger("nanovllm")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES |= {"float": torch.float32, "half": torch.float16}  # vLLM's names for these
 MAX_INT32 = 2**31 - 1  # lengths and block ids are 32-bit integers on the device
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings",
+)  # fmt: skip
 MAX_NUM_SEQS = 2**16  # each has a permanent row, taken at the start
 
 
@@ -144,7 +149,7 @@ def load_hf_config(path: Path) -> Any:
     """config.json as transformers understands it; code that a checkpoint brings along (auto_map) is never looked at."""
     try:
         raw = json.loads((path / "config.json").read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path / 'config.json'} is not valid JSON: {error}") from None
     model_type = raw.get("model_type") if isinstance(raw, dict) else None
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
@@ -154,9 +159,13 @@ def load_hf_config(path: Path) -> Any:
         )
     raw.pop("auto_map", None)
     try:
-        return CONFIG_MAPPING[model_type].from_dict(raw)
+        hf_config = CONFIG_MAPPING[model_type].from_dict(raw)
     except Exception as error:  # transformers 5 checks values with a type of its own
         raise ValueError(f"{path / 'config.json'} is not a valid {model_type} config: {error}") from error
+    for name in SIZES:
+        if getattr(hf_config, name, None) is not None:
+            check_int(f"{name} in {path / 'config.json'}", getattr(hf_config, name), 1)
+    return hf_config
 
 
 def head_dim(hf_config: Any) -> int:

@@ -1,5 +1,6 @@
 """What the engine gives back: outputs of finished requests, and deltas of running ones."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,9 +56,16 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     def __getitem__(self, key: str) -> Any:
-        if key in ("text", "token_ids"):
+        if key in self.keys():
             return getattr(self.outputs[0], key)
         raise KeyError(f"{key!r}: an output has the keys 'text' and 'token_ids'")
+
+    def keys(self) -> tuple[str, ...]:
+        """So that `dict(output)` and `"text" in output` do what they do with a dict."""
+        return "text", "token_ids"
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
 
 
 @dataclass(slots=True)

@@ -75,7 +75,7 @@ VLLM_SCRIPTS = {
     "logprobs": """
         from vllm import LLM, SamplingParams, TokensPrompt
 
-        llm = LLM(MODEL, max_model_len=256, max_num_seqs=16, enforce_eager=True, dtype="float32")
+        llm = LLM(MODEL, max_model_len=256, max_num_seqs=16, enforce_eager=True, dtype="float")
         tokenizer = llm.get_tokenizer()
         ids = tokenizer.encode("The quick brown fox jumps over the lazy dog")
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, logprobs=5)
@@ -178,22 +178,33 @@ def test_the_commands_of_the_documents_exist():
 
 @pytest.fixture
 def example(monkeypatch, capsys):
-    """Runs an example as the main module, in this process: most of a new one's time would go into imports."""
+    """Runs a script as the main module, in this process: most of a new one's time would go into imports."""
 
     def run_example(name: str, *args: str) -> str:
         monkeypatch.setattr(sys, "argv", [name, *args])
-        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+        runpy.run_path(str(ROOT / name), run_name="__main__")
         return capsys.readouterr().out
 
     return run_example
 
 
+def test_two_prompts_are_answered(example):
+    out = example("example.py", "--max-tokens", "24", "--temperature", "0")
+    prompts = re.findall(r"^Prompt: (.+)$", out, re.MULTILINE)
+    assert len(prompts) == 2
+    assert "introduce yourself" in prompts[0]
+    assert "list all prime numbers within 100" in prompts[1]
+    completions = re.findall(r"^Completion: '(.+)'$|^Completion: \"(.+)\"$", out, re.MULTILINE)
+    assert len(completions) == 2
+    assert all(len("".join(completion).split()) > 3 for completion in completions)
+
+
 def test_batch_is_resumable(tmp_path, example):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    rows = [{"prompt": f"Question {i}:"} for i in range(6)]
+    rows = [{"prompt": f"Question {i}:\u2028"} for i in range(6)]  # a line to Python, but not to JSON
     rows.append({"id": "x", "messages": [{"role": "user", "content": "Hello"}]})
-    source.write_text("\n".join(map(json.dumps, rows)))
-    command = ["batch.py", str(source), str(target), "--max-tokens", "6"]
+    source.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    command = ["examples/batch.py", str(source), str(target), "--max-tokens", "6"]
     example(*command)
     lines = [json.loads(line) for line in target.read_text().splitlines()]
     assert sorted(line["id"] for line in lines) == ["0", "1", "2", "3", "4", "5", "x"]
@@ -209,11 +220,11 @@ def test_batch_is_resumable(tmp_path, example):
 
 
 def test_streaming_chat_and_structured(example):
-    assert "tokens/s" in example("streaming.py", "--max-tokens", "8")
-    out = example("chat.py", "--max-tokens", "8")
+    assert "tokens/s" in example("examples/streaming.py", "--max-tokens", "8")
+    out = example("examples/chat.py", "--max-tokens", "8")
     assert "Paris" in out
     assert int(re.findall(r"\((\d+) tokens cached\)", out)[1]) > 0
-    out = example("structured.py")
+    out = example("examples/structured.py")
     assert re.search(r"speaks (English|French|Thai)", out)
     assert re.search(r"Sentiment: (positive|negative)\nDate: \d{4}-\d\d-\d\d\n", out)
 

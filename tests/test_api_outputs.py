@@ -417,6 +417,10 @@ def test_an_output_has_vllms_shape(llm):
     assert (completion.index, completion.finish_reason, completion.stop_reason) == (0, "length", None)
     assert output["text"] == completion.text
     assert output["token_ids"] == completion.token_ids
+    assert dict(output) == {"text": completion.text, "token_ids": completion.token_ids}
+    assert list(output) == ["text", "token_ids"]
+    assert "text" in output
+    assert "tokens" not in output
     with pytest.raises(KeyError, match="token_ids"):
         output["tokens"]
     metrics = output.metrics

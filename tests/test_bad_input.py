@@ -92,6 +92,8 @@ BAD_PROMPTS: list[tuple[Any, type[Exception], str]] = [
     (1.5, TypeError, "float"),
     (b"abc", TypeError, "bytes"),
     ({"prompt": 3}, TypeError, "int"),
+    ({"prompt": 3, "prompt_token_ids": [1]}, TypeError, "'prompt' .*no string: 3"),
+    ({"prompt": "x", 3: "y"}, ValueError, r"'prompt_token_ids', got \['prompt', 3\]"),
     ({"prompt_token_ids": [1, None]}, TypeError, "None"),
     ({"text": "x"}, ValueError, "'prompt_token_ids', got.*'text'"),
     ({"prompt": "x", "images": []}, ValueError, "images"),
@@ -142,8 +144,13 @@ def test_a_list_of_ids_and_other_things_is_neither(llm, prompts):
 
 @pytest.mark.usefixtures("unharmed")
 def test_text_that_is_no_text(llm):
-    with pytest.raises((TypeError, ValueError)):
-        llm.generate("a\ud800b", use_tqdm=False)
+    text = "a\ud800b"  # half of a surrogate pair
+    with pytest.raises(ValueError, match=r"prompts\[0\] is no valid text: .*position 1"):
+        llm.generate(text, use_tqdm=False)
+    with pytest.raises(ValueError, match="chat template wrote is no valid text"):
+        llm.chat([{"role": "user", "content": text}], chat_template="{{ messages[0].content }}", use_tqdm=False)
+    with pytest.raises(ValueError, match="bad_words is no valid text"):
+        llm.generate("a", SamplingParams(bad_words=[text]), use_tqdm=False)
 
 
 def test_good_prompts_of_other_types(llm, qwen3):
@@ -754,6 +761,48 @@ def test_ctrl_c_when_a_text_of_others_has_just_ended(qwen3, how, depth):
     assert output.text == expected["text"]
     assert output.finish_reason == expected.outputs[0].finish_reason == "stop"
     assert output.stop_reason == expected.outputs[0].stop_reason
+    assert_idle(llm)
+
+
+def test_ctrl_c_where_a_stream_of_others_is_told(qwen3):
+    """At each line from a token to its delta: a half-read stream misses nothing of its text and gets nothing twice."""
+    llm = qwen3.llm()
+    params = dataclasses.replace(greedy(6), stop=["zz"])
+    (expected,) = llm.generate([[5, 6, 7]], params, use_tqdm=False)
+    places = {"_postprocess", "_finish", "_report", "emit", "take", "take_deltas", "finish", "is_whole", "follow"}
+
+    def run(n: int) -> tuple[InterruptAtLine, list[int], str]:
+        """Another call is interrupted at line `n` while the stream's last three tokens come."""
+        stream = llm.stream([[5, 6, 7]], params)
+        deltas = [next(stream) for _ in range(3)]
+        with InterruptAtLine(n) as interrupt, contextlib.suppress(KeyboardInterrupt):
+            llm.generate([[1, 2]], greedy(8), use_tqdm=False)
+        deltas += list(stream)
+        assert [delta.finish_reason for delta in deltas if delta.finish_reason] == ["length"], interrupt.where
+        tokens = [token_id for delta in deltas for token_id in delta.token_ids]
+        return interrupt, tokens, "".join(delta.text for delta in deltas)
+
+    counter, lines = InterruptAtLine(), []
+    on_line = counter.on_line
+
+    def noting(frame: Any, event: str, arg: Any) -> Any:
+        on_line(frame, event, arg)
+        if event == "line" and frame.f_code.co_name in places:
+            lines.append(counter.count)
+        return noting
+
+    counter.on_line = noting  # type: ignore[method-assign]
+    stream = llm.stream([[5, 6, 7]], params)
+    for _ in range(3):
+        next(stream)
+    with counter:
+        llm.generate([[1, 2]], greedy(8), use_tqdm=False)
+    stream.close()
+    assert len(lines) > 100
+    for n in lines:
+        interrupt, tokens, text = run(n)
+        assert tokens == expected["token_ids"], interrupt.where
+        assert text == expected["text"], interrupt.where
     assert_idle(llm)
 
 

@@ -51,6 +51,8 @@ def test_checkpoint_says_how_to_chat_and_when_to_stop(llm, chat_prompts):
     assert llm.tokenizer.eos_token_id == end_of_turn
     path = Path(demo.demo_model_path())
     assert json.loads((path / "generation_config.json").read_text())["eos_token_id"] == end_of_turn
+    recommended = llm.get_default_sampling_params()
+    assert (recommended.temperature, recommended.top_p) == (0.2, 0.9), "or nobody's first answer makes sense"
     assert "quantization_config" not in json.loads((path / "config.json").read_text())
 
 

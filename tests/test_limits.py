@@ -269,6 +269,43 @@ def test_a_step_costs_the_same_however_many_wait(qwen3, depth):
     assert min(counts[0]) > 50
 
 
+def test_a_stream_costs_the_same_however_many_are_in_it(qwen3, monkeypatch):
+    """Functions called for its first hundred deltas, and comparisons of requests when it is left."""
+    counts, num_compared = [], 0
+
+    def compare(self: Request, other: object) -> bool:
+        nonlocal num_compared
+        num_compared += 1
+        return self is other
+
+    monkeypatch.setattr(Request, "__eq__", compare)
+    gc.disable()  # its callbacks would be counted
+    try:
+        for num_requests in (100, 3000):
+            llm = qwen3.llm(max_num_seqs=8, num_kvcache_blocks=40)
+            flood(llm, 0)
+            stream = llm.stream([prompt(i) for i in range(num_requests)], greedy(50))
+            next(stream)  # queues them
+            counts.append(0)
+
+            def profile(frame: Any, event: str, arg: Any) -> None:
+                counts[-1] += event in ("call", "c_call")
+
+            sys.setprofile(profile)
+            try:
+                for _ in range(100):
+                    next(stream)
+            finally:
+                sys.setprofile(None)
+            stream.close()
+            assert_idle(llm)
+    finally:
+        gc.enable()
+    assert counts[0] == counts[1]
+    assert counts[0] > 1000
+    assert num_compared == 0
+
+
 def test_a_hundred_thousand_requests_before_the_first_step(qwen3):
     """All finish, in memory that does not grow with their number."""
     llm = qwen3.llm(max_num_seqs=64, num_kvcache_blocks=100)

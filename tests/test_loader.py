@@ -234,7 +234,7 @@ def test_no_config(qwen3, tmp_path):
         LLM(str(tmp_path / "broken"), **SMALL)
 
 
-@pytest.mark.parametrize("content", ["", "{", "not json"])
+@pytest.mark.parametrize("content", ["", "{", "not json", "[" * 10**5], ids=["nothing", "half", "text", "deep"])
 def test_config_is_not_json(qwen3, tmp_path, content):
     copy_checkpoint(qwen3.path, tmp_path / "broken")
     (tmp_path / "broken" / "config.json").write_text(content)
@@ -402,6 +402,23 @@ def test_a_sliding_window_that_is_switched_off(checkpoints, tmp_path):
 def test_another_activation(checkpoints, tmp_path):
     path = edited(checkpoints("llama").path, tmp_path / "x", hidden_act="gelu")
     with pytest.raises(ValueError, match="hidden_act='gelu'"):
+        LLM(path, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_key_value_heads", 0), ("hidden_size", -48), ("vocab_size", 0), ("num_attention_heads", 0), ("head_dim", -2)],
+)
+def test_sizes_that_are_none(qwen3, tmp_path, name, value):
+    path = edited(qwen3.path, tmp_path / "x", **{name: value})
+    with pytest.raises(ValueError, match=rf"{name}.*{value}"):
+        LLM(path, **SMALL)
+
+
+def test_quantized_weights(checkpoints, tmp_path):
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    path = edited(checkpoints("qwen3").path, tmp_path / "x", quantization_config=quantization)
+    with pytest.raises(ValueError, match="quantization_config"):
         LLM(path, **SMALL)
 
 

@@ -192,7 +192,7 @@ class EngineCore:
             if seq.is_whole():
                 finished += self._stop(seq)
             if not seq.is_finished:
-                seq.request.emit(seq)
+                seq.request.emit()
         for seq in finished:
             self._finish(seq)
 
@@ -209,7 +209,7 @@ class EngineCore:
         request = seq.request
         if seq.detokenizer is not None:
             seq.detokenizer.finish(request.shown_token_ids(seq))
-        request.emit(seq)
+        request.emit()
         if request.is_finished:
             self._report(request)
 
@@ -217,8 +217,7 @@ class EngineCore:
         """Hand a finished request to whoever waits for it. An interrupted one is done again, hence the order."""
         call = request.call
         request.metrics.finished_time = time.time()
-        if request not in call.finished:
-            call.finished.append(request)
+        call.finished[request.request_id] = request
         call.unfinished.discard(request.request_id)
         self._requests.pop(request.request_id, None)
 

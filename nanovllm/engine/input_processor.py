@@ -122,7 +122,8 @@ class InputProcessor:
                 text = self.tokenizer.apply_chat_template(plain, **kwargs, **more)
             except Exception as error:  # of many kinds: the template's own, the sandbox's, Python's
                 raise ValueError(f"the chat template cannot put these messages into words: {error}") from error
-            prompts.append({"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)})
+            token_ids = self._encode(text, "what the chat template wrote", add_special_tokens=False)
+            prompts.append({"prompt": text, "prompt_token_ids": token_ids})
         return prompts
 
     def _tokenize(self, prompt: Any, name: str) -> tuple[str | None, list[int]]:
@@ -130,17 +131,27 @@ class InputProcessor:
             keys = [key for key in ("prompt", "prompt_token_ids") if prompt.get(key) is not None]
             if not keys or set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}:
                 raise ValueError(
-                    f"{name} as a dict has the key 'prompt' or 'prompt_token_ids', got {sorted(prompt)}; "
+                    f"{name} as a dict has the key 'prompt' or 'prompt_token_ids', got {list(prompt)}; "
                     "'cache_salt' may come with it"
                 )
             if keys == ["prompt", "prompt_token_ids"]:
-                return prompt["prompt"], self._check_ids(prompt["prompt_token_ids"], name)
+                text = prompt["prompt"]
+                if not isinstance(text, str):
+                    raise TypeError(f"{name} has a 'prompt' beside its token ids that is no string: {text!r}")
+                return text, self._check_ids(prompt["prompt_token_ids"], name)
             prompt = prompt[keys[0]]
         if isinstance(prompt, str):
             if not prompt:  # even where the tokenizer begins every text with a token of its own
                 raise ValueError(f"{name} is empty: a prompt needs at least one token")
-            return prompt, self._check_ids(self.tokenizer.encode(prompt), name)
+            return prompt, self._check_ids(self._encode(prompt, name), name)
         return None, self._check_ids(prompt, name)
+
+    def _encode(self, text: str, name: str, add_special_tokens: bool = True) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair: the tokenizer's error would not say what it is
+            raise ValueError(f"{name} is no valid text: {error}") from None
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def _cache_salt(self, prompt: Any, name: str) -> str:
         """The salt that a prompt names; "" for none."""
@@ -205,8 +216,8 @@ class InputProcessor:
         """The token sequences of each bad word, at the start of the text and after a space."""
         found = []
         for word in params.bad_words or ():
-            bare = self.tokenizer.encode(word.lstrip(), add_special_tokens=False)
-            spaced = self.tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
+            bare = self._encode(word.lstrip(), "bad_words", add_special_tokens=False)
+            spaced = self._encode(" " + word.lstrip(), "bad_words", add_special_tokens=False)
             found += [bare] if spaced == bare else [bare, spaced]
         # A tokenizer may have more ids than the model, which cannot draw those.
         return [ids for ids in found if ids and max(ids) < self.config.hf_config.vocab_size]

@@ -106,12 +106,11 @@ class LLMEngine(EngineCore):
                 with self._exclusive():
                     if call.unfinished:  # another thread's step may have finished the last
                         self._step()
-                    deltas = [delta for request in requests for delta in request.take_deltas()]
+                    deltas, errors = call.take_deltas()
                     is_last = not call.unfinished
                 yield from deltas
-                for request in requests:
-                    if request.error is not None:
-                        raise request.error
+                if errors:
+                    raise errors[0]
         except GeneratorExit:
             for request in requests:
                 self.abort(request.request_id)

