@@ -35,7 +35,7 @@ def all_reduce_rms_norm(
     assert peers.slots is not None
     _all_reduce_rms_norm_kernel[(num_tokens,)](
         x.x, x.x if residual is None else residual, weight, normed, total,
-        peers.addresses, peers.epochs, x.slot, peers.slots.shape[1], eps,
+        peers.addresses, peers.epochs, x.slot, peers.slots.stride(0), eps,
         RANK=peers.rank, SIZE=peers.size, H=hidden_size, BLOCK=block, HAS_RESIDUAL=residual is not None,
         SLOTS=SLOTS, FLAG_STRIDE=FLAG_BYTES // 8, HEADER=HEADER_BYTES, POLLS=POLLS,
         num_warps=num_warps or min(max(block // 256, 1), 16), **launch_options(),
@@ -54,9 +54,9 @@ def all_reduce_rms_norm_torch(
     return rms_norm_torch(total, weight, eps), total
 
 
-@jit(do_not_specialize=("slot", "slot_rows"))
+@jit(do_not_specialize=("slot", "slot_stride"))
 def _all_reduce_rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, normed_ptr, total_ptr, addresses_ptr, epochs_ptr, slot, slot_rows, eps,
+    x_ptr, residual_ptr, weight_ptr, normed_ptr, total_ptr, addresses_ptr, epochs_ptr, slot, slot_stride, eps,
     RANK: tl.constexpr, SIZE: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     SLOTS: tl.constexpr, FLAG_STRIDE: tl.constexpr, HEADER: tl.constexpr, POLLS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +89,7 @@ def _all_reduce_rms_norm_kernel(
         else:
             slots_ptr = (tl.load(addresses_ptr + rank) + HEADER).to(tl.pointer_type(x_ptr.dtype.element_ty))
             _wait(flags_ptr + rank * FLAG_STRIDE, epoch, abort_ptr, POLLS)
-            ptrs = slots_ptr + (slot.to(tl.int64) * slot_rows + row) * H + cols
+            ptrs = slots_ptr + slot * slot_stride + row * H + cols
             if H % 16 == 0:  # what the compiler cannot know of an address that it loads
                 ptrs = tl.multiple_of(ptrs, 16)
             # .cg: a line that this multiprocessor holds may be of the slot's sum before.
@@ -110,7 +110,8 @@ def _wait(flag_ptr, epoch, abort_ptr, POLLS: tl.constexpr):
     polls = 0
     while seen < epoch:
         polls += 1
-        if polls % POLLS == 0:  # noqa: SIM102: a kernel's `and` looks at both
+        if polls == POLLS:
+            polls = 0
             if tl.load(abort_ptr, volatile=True) != 0:
                 epoch = seen
         seen = tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys")

@@ -97,7 +97,8 @@ class NcclCommunicator(Communicator):
         return x
 
     def share_memory(self, width: int, dtype: torch.dtype) -> None:
-        self.peers = open_peer_memory(self, self.rank, self.size, width, dtype)
+        device = torch.device("cuda", torch.cuda.current_device())
+        self.peers = open_peer_memory(self, self.rank, self.size, width, dtype, device)
 
     def summand(self, num_rows: int, width: int, is_first: bool) -> PeerSum | None:
         return self.peers.summand(num_rows, width, is_first) if self.peers is not None else None

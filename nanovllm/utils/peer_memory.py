@@ -13,6 +13,7 @@ import struct
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -51,13 +52,10 @@ def check(result: int) -> None:
         raise RuntimeError(f"CUDA: {library().cudaGetErrorString(result).decode()}")
 
 
-class DeviceMemory:
-    """Bytes on the current device that torch did not allocate, for `torch.as_tensor`."""
-
-    def __init__(self, address: int, num_bytes: int):
-        self.__cuda_array_interface__ = {
-            "shape": (num_bytes,), "typestr": "|u1", "data": (address, False), "strides": None, "version": 3
-        }  # fmt: skip
+def as_tensor(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Bytes on a GPU that torch did not allocate."""
+    interface = {"shape": (num_bytes,), "typestr": "|u1", "data": (address, False), "strides": None, "version": 3}
+    return torch.as_tensor(SimpleNamespace(__cuda_array_interface__=interface), device=device)
 
 
 @dataclass
@@ -108,9 +106,10 @@ def region_bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
     return HEADER_BYTES + SLOTS * shape[0] * shape[1] * dtype.itemsize
 
 
-def open_peer_memory(communicator: Communicator, rank: int, size: int, width: int, dtype: torch.dtype) -> Any:
+def open_peer_memory(
+    communicator: Communicator, rank: int, size: int, width: int, dtype: torch.dtype, device: torch.device
+) -> PeerMemory | None:
     """PeerMemory for sums of up to as many rows [*, width] as it is worth it for; None, on all ranks, if one cannot."""
-    device = torch.device("cuda", torch.cuda.current_device())
     shape = MAX_PEER_BYTES // ((size - 1) * width * dtype.itemsize), width
     num_bytes = -(-region_bytes(shape, dtype) // ALLOCATION_BYTES) * ALLOCATION_BYTES
     problem: Exception | None = None
@@ -124,7 +123,7 @@ def open_peer_memory(communicator: Communicator, rank: int, size: int, width: in
             importlib.import_module("triton")  # in which the kernel is written
             check(library().cudaSetDevice(device.index))  # should it not be the library that torch calls
             regions[rank] = allocate(num_bytes, held)
-            region = torch.as_tensor(DeviceMemory(regions[rank], num_bytes), device=device)
+            region = as_tensor(regions[rank], num_bytes, device)
             region.zero_()
             torch.cuda.synchronize(device)  # before a peer can know of it
             check(library().cudaIpcGetMemHandle(ctypes.byref(handle), ctypes.c_void_p(regions[rank])))
@@ -139,7 +138,7 @@ def open_peer_memory(communicator: Communicator, rank: int, size: int, width: in
             except RuntimeError as error:
                 problem = error
             if all(is_fine for (is_fine,) in gather(problem is None)):
-                abort_flag = torch.zeros(1, dtype=torch.int64, pin_memory=True)
+                abort_flag = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
                 used = region[: region_bytes(shape, dtype)]
                 peers = PeerMemory(regions, rank, used, abort_flag, shape, dtype)
                 peers.held = held.pop_all()
