@@ -19,6 +19,7 @@ from nanovllm.kernels.norm import rms_norm_torch
 from nanovllm.kernels.triton_utils import jit, launch_options, next_power_of_2, pdl_wait, tl
 from nanovllm.utils.peer_memory import FLAG_BYTES, HEADER_BYTES, SLOTS, PeerSum
 
+ANNOUNCE = "release"  # how a number is stored: after everything else that this GPU has stored
 POLLS = 256  # between two looks at the abort flag, which is far away: about 0.2 ms
 
 
@@ -37,7 +38,7 @@ def all_reduce_rms_norm(
         x.x, x.x if residual is None else residual, weight, normed, total,
         peers.addresses, peers.epochs, x.slot, peers.slots.stride(0), eps,
         RANK=peers.rank, SIZE=peers.size, H=hidden_size, BLOCK=block, HAS_RESIDUAL=residual is not None,
-        SLOTS=SLOTS, FLAG_STRIDE=FLAG_BYTES // 8, HEADER=HEADER_BYTES, POLLS=POLLS,
+        SLOTS=SLOTS, FLAG_STRIDE=FLAG_BYTES // 8, HEADER=HEADER_BYTES, POLLS=POLLS, ANNOUNCE=ANNOUNCE,
         num_warps=num_warps or min(max(block // 256, 1), 16), **launch_options(),
     )  # fmt: skip
     return normed, total
@@ -58,13 +59,16 @@ def all_reduce_rms_norm_torch(
 def _all_reduce_rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, normed_ptr, total_ptr, addresses_ptr, epochs_ptr, slot, slot_stride, eps,
     RANK: tl.constexpr, SIZE: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    SLOTS: tl.constexpr, FLAG_STRIDE: tl.constexpr, HEADER: tl.constexpr, POLLS: tl.constexpr, PDL: tl.constexpr,
+    SLOTS: tl.constexpr, FLAG_STRIDE: tl.constexpr, HEADER: tl.constexpr, POLLS: tl.constexpr, ANNOUNCE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a row of H elements."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     live = cols < H
     weight = tl.load(weight_ptr + cols, mask=live, other=0.0).to(tl.float32)
+    flags_ptr = tl.load(addresses_ptr + RANK).to(tl.pointer_type(tl.int64))
+    abort_ptr = tl.load(addresses_ptr + SIZE).to(tl.pointer_type(tl.int64))
     pdl_wait(PDL)
     # The sum before this one was in another slot, and only this slot's number is written while others may read.
     epoch = tl.load(epochs_ptr + (slot + 1) % SLOTS)
@@ -74,14 +78,12 @@ def _all_reduce_rms_norm_kernel(
     if row == 0:
         for peer in tl.static_range(SIZE):
             if peer != RANK:
-                flags_ptr = tl.load(addresses_ptr + peer).to(tl.pointer_type(tl.int64))
-                tl.atomic_xchg(flags_ptr + RANK * FLAG_STRIDE, epoch, sem="release", scope="sys")
+                peer_ptr = tl.load(addresses_ptr + peer).to(tl.pointer_type(tl.int64))
+                tl.atomic_xchg(peer_ptr + RANK * FLAG_STRIDE, epoch, sem=ANNOUNCE, scope="sys")
         tl.store(epochs_ptr + slot, epoch)
     own = tl.load(x_ptr + row * H + cols, mask=live, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + row * H + cols, mask=live, other=0.0).to(tl.float32)
-    flags_ptr = tl.load(addresses_ptr + RANK).to(tl.pointer_type(tl.int64))
-    abort_ptr = tl.load(addresses_ptr + SIZE).to(tl.pointer_type(tl.int64))
     total = tl.zeros((BLOCK,), tl.float32)
     for rank in tl.static_range(SIZE):
         if rank == RANK:
