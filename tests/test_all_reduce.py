@@ -23,8 +23,11 @@ from helpers import HANGING_S
 triton = pytest.importorskip("triton")
 
 from nanovllm.kernels import all_reduce  # noqa: E402
+from nanovllm.layers.embed_head import VocabParallelEmbedding  # noqa: E402
+from nanovllm.layers.layernorm import RMSNorm  # noqa: E402
+from nanovllm.layers.linear import MergedColumnParallelLinear, RowParallelLinear  # noqa: E402
 from nanovllm.utils import peer_memory  # noqa: E402
-from nanovllm.utils.distributed import Communicator  # noqa: E402
+from nanovllm.utils.distributed import Communicator, TensorParallel  # noqa: E402
 from nanovllm.utils.peer_memory import HEADER_BYTES, PeerMemory, PeerSum, open_peer_memory, region_bytes  # noqa: E402
 
 INTERPRETED = not isinstance(all_reduce._wait, triton.JITFunction)
@@ -141,9 +144,9 @@ def work_in_one_slot(peers: PeerMemory, *args: Any) -> None:
     be_slow_to_read(peers, lambda: take_sums(peers, *args))
 
 
-def work_without_waiting(peers: PeerMemory, *args: Any) -> None:
+def work_without_waiting(peers: PeerMemory, outputs: torch.Tensor, seed: int, _: Any) -> None:
     all_reduce._wait = lambda *args: None
-    take_sums(peers, *args)
+    take_sums(peers, outputs, seed, lambda: time.sleep(0.02 * peers.rank))
 
 
 @needs_interpreter
@@ -156,6 +159,58 @@ def test_what_the_protocol_is_for(work, is_right):
     outputs = shared_bytes(2 * 9 * SHAPE[0] * SHAPE[1] * 4).view(DTYPE).view(2, 9, *SHAPE)
     codes = Ranks(2, work, outputs, 1, lambda: None).exit_codes()
     assert (codes == [0, 0]) == is_right
+
+
+class Shared(Communicator):
+    def __init__(self, peers: PeerMemory):
+        self.peers = peers
+
+    def summand(self, num_rows: int, width: int, is_first: bool) -> PeerSum | None:
+        return self.peers.summand(num_rows, width, is_first)
+
+
+def forward_a_layer(tp: TensorParallel, biases: bool, input_ids: torch.Tensor) -> torch.Tensor:
+    """Embedding, norm and product, product, norm, gated product, product, norm: [T, hidden]."""
+    _, hidden = SHAPE
+    embed = VocabParallelEmbedding(64, hidden, tp)
+    layers = [
+        MergedColumnParallelLinear(hidden, [16], biases, tp), RowParallelLinear(16, hidden, biases, tp),
+        MergedColumnParallelLinear(hidden, [24, 24], biases, tp), RowParallelLinear(24, hidden, biases, tp),
+    ]  # fmt: skip
+    norms = [RMSNorm(hidden, EPS) for _ in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    for module in (embed, *layers, *norms):
+        module.requires_grad_(False)
+    embed.load("weight", torch.randn(64, hidden, generator=generator), None)
+    for layer in layers:
+        for name, parameter in layer.named_parameters():
+            is_split = isinstance(layer, MergedColumnParallelLinear)
+            for i in range(len(layer.shard_sizes) if is_split else 1):
+                sizes = [layer.shard_sizes[i] * tp.size if is_split else hidden]
+                if name == "weight":
+                    sizes.append(hidden if is_split else parameter.shape[1] * tp.size)
+                layer.load(name, torch.randn(sizes, generator=generator), i if is_split else None)
+    for norm in norms:
+        norm.weight.copy_(torch.rand(hidden, generator=generator))
+    x, residual = layers[0].forward_normed(norms[0], embed(input_ids), None)
+    x, residual = layers[2].forward_normed(norms[1], layers[1](x), residual, gated=True)
+    summed = layers[3](x)
+    assert isinstance(summed, PeerSum) == (tp.size > 1)
+    return norms[2](summed, residual)[0]
+
+
+def check_layers(peers: PeerMemory, biases: bool) -> None:
+    for num_rows in (3, 1, SHAPE[0], 1):
+        input_ids = torch.arange(num_rows) * 13
+        actual = forward_a_layer(TensorParallel(peers.rank, peers.size, Shared(peers)), biases, input_ids)
+        torch.testing.assert_close(actual, forward_a_layer(TensorParallel(), biases, input_ids), rtol=1e-4, atol=1e-4)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("biases", [False, True])
+def test_layers_leave_their_sums_to_the_norm(biases):
+    """Two ranks compute what one does, also one row, whose products are kernels of their own."""
+    assert Ranks(2, check_layers, biases).exit_codes() == [0, 0]
 
 
 def wait_for_ever(peers: PeerMemory, is_over: torch.Tensor) -> None:
