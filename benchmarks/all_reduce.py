@@ -90,7 +90,8 @@ def run_rank(rank: int, unique_id: bytes, args: argparse.Namespace) -> list[dict
         results += [
             {"width": width, "rows": rows, **measure(communicator, rows, width, args.repeats)} for rows in args.rows
         ]
-        communicator.peers.close()
+        communicator.all_reduce(torch.zeros(1, device="cuda")).item()  # or the other rank might still read
+        communicator.close()
     return results
 
 

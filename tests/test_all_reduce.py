@@ -26,7 +26,7 @@ from nanovllm.kernels import all_reduce  # noqa: E402
 from nanovllm.layers.embed_head import VocabParallelEmbedding  # noqa: E402
 from nanovllm.layers.layernorm import RMSNorm  # noqa: E402
 from nanovllm.layers.linear import MergedColumnParallelLinear, RowParallelLinear  # noqa: E402
-from nanovllm.utils import peer_memory  # noqa: E402
+from nanovllm.utils import nccl, peer_memory  # noqa: E402
 from nanovllm.utils.distributed import Communicator, TensorParallel  # noqa: E402
 from nanovllm.utils.peer_memory import HEADER_BYTES, PeerMemory, PeerSum, open_peer_memory, region_bytes  # noqa: E402
 
@@ -296,6 +296,7 @@ class Threads(Communicator):
         self.barrier, self.given = threading.Barrier(size), {}
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.dtype in nccl.DTYPES
         self.given[threading.current_thread().name] = x
         self.barrier.wait()
         out = torch.stack([self.given[str(rank)] for rank in range(self.barrier.parties)])

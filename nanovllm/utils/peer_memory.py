@@ -115,7 +115,7 @@ def open_peer_memory(
     problem: Exception | None = None
 
     def gather(*numbers: int) -> list[list[int]]:
-        return communicator.all_gather(torch.tensor(numbers, device=device)).tolist()
+        return communicator.all_gather(torch.tensor(numbers, dtype=torch.int64, device=device)).tolist()
 
     with ExitStack() as held:
         handle, regions = Handle(), [0] * size
