@@ -5,7 +5,7 @@ that all have the same bits. How sums are kept apart, on every rank alike:
 
 - Sums are numbered, on the device. A rank announces the number of a sum to its peers once its kernel runs, which is
   after all that it launched before: so its summand is written, and every earlier sum is done with.
-- A rank reads a peer's slot only after the peer has announced this sum or, not having to wait for us, a later one.
+- A rank reads a peer's slot only after the peer has announced this sum, or the next: a peer can be one ahead, not two.
 - A slot is written again when this rank is done with a sum that came after the slot's last one, since no two sums in a
   row use the same slot. For that later sum every peer has announced itself, hence is done with the slot's last one.
 
