@@ -13,7 +13,7 @@ from test_gpu import TOLERANCE, Model
 from test_gpu import model as model  # the fixture
 from test_tensor_parallel import assert_gone, worker_pids
 
-from nanovllm import EngineDeadError, SamplingParams
+from nanovllm import LLM, EngineDeadError, SamplingParams
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 
@@ -24,6 +24,11 @@ def used_bytes() -> list[int]:
     gc.collect()
     torch.cuda.empty_cache()
     return [total - free for free, total in map(torch.cuda.mem_get_info, range(2))]
+
+
+def num_sums(llm: LLM) -> int:
+    """How many sums over ranks have gone over peer memory."""
+    return int(llm.model_runner.tp.communicator.peers.epochs.max())
 
 
 @pytest.mark.parametrize("enforce_eager", [False, True])
@@ -40,6 +45,8 @@ def test_logprobs_equal_transformers(model: Model, enforce_eager: bool):
         same = [a["token_ids"] == b["token_ids"] for a, b in zip(outputs, llm.generate(prompts, plain, use_tqdm=False))]
         draws = [[o["token_ids"] for o in llm.generate(prompts, seeded, use_tqdm=False)] for _ in range(2)]
         pids = worker_pids(llm)
+        # Every decode step takes its sums over peer memory, and so do chunks of up to 300 tokens.
+        assert num_sums(llm) > 4 * 39 * (1 + 2 * model.reference.config.num_hidden_layers)
     assert_gone(pids)
     assert sum(same) >= len(same) - 2  # a cached prefix may round a tie the other way
     assert sum(a == b for a, b in zip(*draws)) >= len(prompts) - 2
@@ -60,6 +67,7 @@ def test_a_lost_rank_ends_the_engine_and_gives_its_memory_back(model: Model, sig
     before = used_bytes()
     llm = model.llm(tensor_parallel_size=2, **options)
     pids, struck = worker_pids(llm), []
+    assert num_sums(llm) > 0  # what is lost below is waited for in there, if not in NCCL
 
     def strike() -> None:
         struck.append(time.monotonic())

@@ -272,6 +272,27 @@ def test_a_worker_is_killed_while_nothing_runs(qwen3):
     assert_gone(pids)
 
 
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_what_ranks_share_is_given_back_when_nobody_uses_it_any_more(qwen3, is_lost):
+    """A lost rank is let go of at once, in the middle of what rank 0 does; memory has to wait until that ends."""
+    llm = qwen3.llm(tensor_parallel_size=2)
+    pids, communicator, calls = worker_pids(llm), llm.model_runner.workers.communicator, []
+
+    def record(name: str) -> Any:
+        return lambda _: lambda: calls.append((name, any(map(is_running, pids))))
+
+    with replaced(communicator, "abort", record("abort")), replaced(communicator, "close", record("close")):
+        if is_lost:
+            with pytest.raises(EngineDeadError, match="exit code -9"):
+                while_generating(llm, lambda: os.kill(pids[0], signal.SIGKILL))
+            wait_until(lambda: bool(calls))
+            assert set(calls) == {("abort", False)}
+            calls.clear()
+        llm.close()
+        llm.close()
+    assert calls == [("abort", False), ("close", False)]
+
+
 def test_a_worker_hangs(qwen3):
     llm = qwen3.llm(tensor_parallel_size=2, worker_timeout_s=1.5)
     pids = worker_pids(llm)

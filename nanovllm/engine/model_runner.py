@@ -77,6 +77,7 @@ class ModelRunner:
             torch.cuda.set_device(self.device)
         model_class = get_model_class(config.hf_config)
         self.tp = connect()
+        self.tp.communicator.share_memory(config.hf_config.hidden_size, config.dtype)
         self.model = build_model(model_class, config, self.tp)
         load_model(self.model, config.model)
         loaded()

@@ -259,6 +259,7 @@ class WorkerGroup:
             self._kill()
             if self.communicator is not None:
                 self.communicator.abort()
+                self.communicator.close()
             # The garbage collector calls this from any thread.
             if self._watcher is not None and self._watcher is not threading.current_thread():
                 self._watcher.join()

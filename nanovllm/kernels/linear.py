@@ -9,20 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels.activation import silu_and_mul, silu_and_mul_torch
+from nanovllm.kernels.all_reduce import all_reduce_rms_norm
 from nanovllm.kernels.matmul import choose_tiling, matmul
 from nanovllm.kernels.norm import add_rms_norm, add_rms_norm_torch, rms_norm, rms_norm_torch
-from nanovllm.kernels.triton_utils import (
-    jit,
-    launch_options,
-    next_power_of_2,
-    pdl_wait,
-    tl,
-    use_triton,
-)
+from nanovllm.kernels.triton_utils import jit, launch_options, next_power_of_2, pdl_wait, tl, use_triton
+from nanovllm.utils.peer_memory import PeerSum
 
 
 def norm_linear(
-    x: torch.Tensor,
+    x: torch.Tensor | PeerSum,
     residual: torch.Tensor | None,
     norm_weight: torch.Tensor,
     eps: float,
@@ -32,7 +27,7 @@ def norm_linear(
     """RMSNorm of x + residual, then a product, then (if `gated`) silu(gate) · up.
 
     Args:
-        x: [T, K], or partial sums [S, T, K] in float32 as `linear_partial` leaves them.
+        x: [T, K], or partial sums [S, T, K] in float32 as `linear_partial` leaves them, or a sum over ranks [T, K].
         residual: [T, K], or None for none.
         norm_weight: [K].
         weight: [N, K]; gated: gate rows, then up rows, [2 · I, K].
@@ -40,9 +35,13 @@ def norm_linear(
     Returns:
         [T, N] (gated: [T, I]), and x + residual [T, K].
     """
-    if use_triton(x) and x.shape[0] == 1 and x.dim() == 2 and fits_gemv(weight):
+    if isinstance(x, PeerSum):
+        normed, residual = all_reduce_rms_norm(x, residual, norm_weight, eps)
+        if normed.shape[0] == 1 and fits_gemv(weight):
+            return gemv_triton(normed, weight, gated), residual
+    elif use_triton(x) and x.shape[0] == 1 and x.dim() == 2 and fits_gemv(weight):
         return norm_gemv_triton(x, residual, norm_weight, eps, weight, gated)
-    if residual is None:
+    elif residual is None:
         normed, residual = rms_norm(x, norm_weight, eps), x
     else:
         normed, residual = add_rms_norm(x, residual, norm_weight, eps)
@@ -53,16 +52,23 @@ def norm_linear(
     return (silu_and_mul(out) if gated else out), residual
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, K] times weight [N, K]ᵀ, plus bias [N]: [T, N]."""
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [T, K] times weight [N, K]ᵀ, plus bias [N]: [T, N], written to `out` if given."""
     if bias is None and use_triton(x) and x.dtype != torch.float32 and x.shape[0] == 1 and fits_gemv(weight):
-        return gemv_triton(x, weight)
-    return F.linear(x, weight, bias)
+        return gemv_triton(x, weight, out=out)
+    tiling = choose_tiling(x, weight) if bias is None else None
+    if tiling is not None:
+        return matmul(x, weight, tiling, out=out)
+    if out is None:
+        return F.linear(x, weight, bias)
+    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 
 def linear_partial(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [T, K] times weight [N, K]ᵀ: [T, N], or partial sums [S, T, N] in float32 that the next RMSNorm adds up."""
-    tiling = choose_tiling(x, weight, can_split=True) if x.shape[0] > 1 or not fits_gemv(weight) else None
+    tiling = choose_tiling(x, weight, can_split=True)
     return matmul(x, weight, tiling) if tiling is not None else linear(x, weight)
 
 
@@ -92,12 +98,16 @@ def gemv_config(depth: int) -> dict[str, int]:
     return {"BLOCK_N": 4 if block_k <= 8192 else 2, "BLOCK_K": block_k, "num_warps": min(max(block_k // 512, 2), 16)}
 
 
-def gemv_triton(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    out = x.new_empty(1, weight.shape[0])
+def gemv_triton(
+    x: torch.Tensor, weight: torch.Tensor, gated: bool = False, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    num_rows = weight.shape[0] // 2 if gated else weight.shape[0]
+    if out is None:
+        out = x.new_empty(1, num_rows)
     config = gemv_config(weight.shape[1])
-    _gemv_kernel[(weight.shape[0] // config["BLOCK_N"],)](
-        x, x, x, weight, out, out, weight.shape[0], 0.0,
-        K=weight.shape[1], NORM=False, RESIDUAL=False, GATED=False, **config, **launch_options(),
+    _gemv_kernel[(num_rows // config["BLOCK_N"],)](
+        x, x, x, weight, out, out, num_rows, 0.0,
+        K=weight.shape[1], NORM=False, RESIDUAL=False, GATED=gated, **config, **launch_options(),
     )  # fmt: skip
     return out
 

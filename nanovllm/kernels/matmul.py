@@ -31,8 +31,8 @@ from nanovllm.kernels.triton_utils import (
 BLOCK_N, BLOCK_K = 64, 128  # rows of the weight, and columns a step; the best of benchmarks/products.py in every shape
 PREFETCH_DEPTH = 1024  # columns of its weights that a program asks for before it waits
 FEW_ROWS = 32
-MAX_ROWS = 128  # beyond, cuBLAS does as well, but for small weights that are split
-MAX_ROWS_SPLIT, MAX_BYTES_SPLIT = 256, 8 * 2**20
+MAX_ROWS = 128  # beyond them cuBLAS does better, but for small weights that are split
+MAX_ROWS_SMALL, SMALL_BYTES = 256, 8 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,28 +45,28 @@ class Tiling:
 
 
 def choose_tiling(x: torch.Tensor, weight: torch.Tensor, gated: bool = False, can_split: bool = False) -> Tiling | None:
-    """For x [T, K] and weight [N, K]; None where cuBLAS does better, as measured by benchmarks/products.py."""
+    """For x [T, K] and weight [N, K]; None where others do better, as measured by benchmarks/products.py."""
     num_tokens, depth = x.shape
     num_outputs = weight.shape[0]
-    if not use_triton(x) or x.dtype == torch.float32 or num_outputs % BLOCK_N or depth % BLOCK_K:
+    if not use_triton(x) or x.dtype == torch.float32 or num_outputs % BLOCK_N or depth % BLOCK_K or num_tokens < 2:
         return None
-    is_small = weight.nbytes <= MAX_BYTES_SPLIT
-    if num_tokens > (MAX_ROWS_SPLIT if can_split and is_small else 64 if gated else MAX_ROWS):
+    if num_tokens > (64 if gated else MAX_ROWS_SMALL if can_split and weight.nbytes <= SMALL_BYTES else MAX_ROWS):
         return None
-    if num_tokens > FEW_ROWS and not has_tma():
-        return None
-    block_m = max(next_power_of_2(num_tokens), 16) if num_tokens <= FEW_ROWS else 64 if num_tokens <= 128 else 128
-    num_splits = 1
-    if can_split:
-        num_tiles = num_outputs // BLOCK_N * -(-num_tokens // block_m)
-        while num_tiles * num_splits * 2 <= num_multiprocessors(x.device) and depth % (num_splits * 2 * BLOCK_K) == 0:
-            num_splits *= 2
-    if num_tokens <= FEW_ROWS or block_m == 128:
+    is_few = num_tokens <= FEW_ROWS
+    block_m = max(next_power_of_2(num_tokens), 16) if is_few else 64 if num_tokens <= MAX_ROWS else 128
+    num_tiles = num_outputs // BLOCK_N * -(-num_tokens // block_m)
+    num_processors, num_splits = num_multiprocessors(x.device), 1
+    while can_split and num_tiles * num_splits * 2 <= num_processors and depth % (num_splits * 2 * BLOCK_K) == 0:
+        num_splits *= 2
+    if is_few:
+        if num_tiles * num_splits * 2 < num_processors and depth > 2048:
+            return None  # too few programs read for too long
         return Tiling(block_m, num_splits, 4)
-    # One program a multiprocessor with all its memory, or two with half of it each.
-    return Tiling(
-        block_m, num_splits, min(7 if weight.shape[1] > 1024 or not gated else 3, depth // num_splits // BLOCK_K)
-    )
+    if not has_tma():
+        return None
+    # What one program a multiprocessor can hold; two programs with half of it each did better in one shape alone.
+    num_stages = 4 if block_m == 128 else 3 if gated and depth <= 1024 else 7
+    return Tiling(block_m, num_splits, min(num_stages, depth // num_splits // BLOCK_K))
 
 
 def matmul(

@@ -7,6 +7,7 @@ from torch import nn
 from nanovllm.kernels.linear_invariant import linear_invariant
 from nanovllm.utils.distributed import TensorParallel
 from nanovllm.utils.loader import check_dim, copy_exact
+from nanovllm.utils.peer_memory import PeerSum
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -26,14 +27,17 @@ class VocabParallelEmbedding(nn.Module):
         copy_exact(self.weight[: self.num_valid], tensor.narrow(0, self.first_token_id, self.num_valid))
         self.weight.data[self.num_valid :] = 0
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor | PeerSum:
         """input_ids [T] int64 -> [T, hidden]."""
         if self.tp.size == 1:
             return F.embedding(input_ids, self.weight)
         local = input_ids - self.first_token_id
         elsewhere = (local < 0) | (local >= self.shard_size)
-        out = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return self.tp.all_reduce(out.masked_fill(elsewhere[:, None], 0))
+        summand = self.tp.summand(input_ids.shape[0], self.weight.shape[1], is_first=True)
+        out = summand.x if summand is not None else self.weight.new_empty(input_ids.shape[0], self.weight.shape[1])
+        torch.index_select(self.weight, 0, local.masked_fill(elsewhere, 0), out=out)
+        out.masked_fill_(elsewhere[:, None], 0)
+        return summand if summand is not None else self.tp.all_reduce(out)
 
 
 class ParallelLMHead(VocabParallelEmbedding):

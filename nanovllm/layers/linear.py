@@ -16,6 +16,7 @@ from nanovllm.kernels.linear_invariant import linear_invariant
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.distributed import TensorParallel
 from nanovllm.utils.loader import check_dim, copy_exact
+from nanovllm.utils.peer_memory import PeerSum
 
 
 class LinearBase(nn.Module):
@@ -63,16 +64,16 @@ class MergedColumnParallelLinear(LinearBase):
         copy_exact(target, tensor.narrow(0, part * shard_size, shard_size))
 
     def forward_normed(
-        self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None, gated: bool = False
+        self, norm: RMSNorm, x: torch.Tensor | PeerSum, residual: torch.Tensor | None, gated: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The product of norm(x + residual), and x + residual; `gated`: of its two parts, silu(first) · second.
 
-        x [T, in] or partial sums [S, T, in], residual [T, in] or None -> [T, out], [T, in].
+        x [T, in], partial sums [S, T, in] or a sum over ranks [T, in], residual [T, in] or None -> [T, out], [T, in].
         """
         if self.bias is None and not self.invariant:
             return norm_linear(x, residual, norm.weight, norm.eps, self.weight, gated)
-        x, residual = norm(x, residual)
-        out = self.product(x)
+        normed, residual = norm(x, residual)
+        out = self.product(normed)
         return (silu_and_mul(out, self.invariant) if gated else out), residual
 
 
@@ -105,7 +106,8 @@ class QKVParallelLinear(MergedColumnParallelLinear):
 class RowParallelLinear(LinearBase):
     """Split by input features; the ranks' partial sums are added up.
 
-    May return its product as partial sums [S, T, out] in float32 instead of [T, out]: the norm that follows adds them.
+    May return, instead of [T, out], what the norm that follows adds up: partial sums [S, T, out] in float32 on one
+    rank, a sum over ranks that is still to be taken on several.
     """
 
     def __init__(self, input_size: int, output_size: int, bias: bool, tp: TensorParallel):
@@ -118,9 +120,13 @@ class RowParallelLinear(LinearBase):
             tensor = tensor.narrow(1, self.tp.rank * shard_size, shard_size)
         super().load(name, tensor, shard_id)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor | PeerSum:  # type: ignore[override]
         if self.tp.size == 1:
             return linear_partial(x, self.weight) if self.bias is None and not self.invariant else self.product(x)
         # The bias once; no partial sums, which would have to be added before they travel.
         bias = self.bias if self.tp.rank == 0 else None
-        return self.tp.all_reduce(linear(x, self.weight, bias))
+        summand = self.tp.summand(x.shape[0], self.weight.shape[0])
+        if summand is None:
+            return self.tp.all_reduce(linear(x, self.weight, bias))
+        linear(x, self.weight, bias, out=summand.x)
+        return summand

@@ -1,8 +1,11 @@
 """The ranks that share one model; passed to every split layer, so that two engines can differ in one process."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from nanovllm.utils.peer_memory import PeerSum
 
 
 class Communicator:
@@ -20,8 +23,21 @@ class Communicator:
         """Rank 0's `x`, in place."""
         return x
 
+    def share_memory(self, width: int, dtype: torch.dtype) -> None:
+        """Prepare for sums of rows [*, width] through `summand`, where ranks can; called once, by all."""
+
+    def summand(self, num_rows: int, width: int, is_first: bool) -> "PeerSum | None":
+        """Where this rank may write its [num_rows, width] of a sum that the next RMSNorm takes; None: `all_reduce` it.
+
+        The first sum of a forward says so: no two in a row may use the same memory, also across forwards.
+        """
+        return None
+
     def abort(self) -> None:
         """Let go of peers, also of those that will never answer; to be called from any thread, and repeatedly."""
+
+    def close(self) -> None:
+        """After `abort`, when nobody launches anything any more: give back what is shared with peers."""
 
 
 class TensorParallel:
@@ -50,6 +66,9 @@ class TensorParallel:
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.size == 1 else self.communicator.all_reduce(x)
+
+    def summand(self, num_rows: int, width: int, is_first: bool = False) -> "PeerSum | None":
+        return self.communicator.summand(num_rows, width, is_first)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         return self.communicator.all_gather(x)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from nanovllm.utils.distributed import Communicator
+from nanovllm.utils.peer_memory import PeerMemory, PeerSum, open_peer_memory
 
 DTYPES = {torch.int32: 2, torch.int64: 4, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}  # ncclDataType_t
 SUM = 0  # ncclRedOp_t
@@ -71,9 +72,11 @@ def make_unique_id() -> bytes:
 
 
 class NcclCommunicator(Communicator):
+    peers: PeerMemory | None = None
+
     def __init__(self, unique_id: bytes, rank: int, size: int):
         """On torch's current device; returns when all ranks are here."""
-        self.size = size
+        self.rank, self.size = rank, size
         self.comm: ctypes.c_void_p | None = ctypes.c_void_p()
         self._lock = threading.Lock()  # an abort comes from another thread
         with on_this_host():
@@ -93,6 +96,13 @@ class NcclCommunicator(Communicator):
         self._call("ncclBroadcast", x, x, x.numel(), DTYPES[x.dtype], 0)
         return x
 
+    def share_memory(self, width: int, dtype: torch.dtype) -> None:
+        device = torch.device("cuda", torch.cuda.current_device())
+        self.peers = open_peer_memory(self, self.rank, self.size, width, dtype, device)
+
+    def summand(self, num_rows: int, width: int, is_first: bool) -> PeerSum | None:
+        return self.peers.summand(num_rows, width, is_first) if self.peers is not None else None
+
     def _call(self, name: str, source: torch.Tensor, target: torch.Tensor, count: int, *args: int) -> None:
         assert target.is_contiguous()
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
@@ -103,6 +113,8 @@ class NcclCommunicator(Communicator):
             check(getattr(library(), name)(*pointers, ctypes.c_size_t(count), *args, self.comm, stream))
 
     def abort(self) -> None:
+        if self.peers is not None:
+            self.peers.abort()
         # A thread that waits for a dead peer inside NCCL holds the lock until it is told to stop.
         locked = self._lock.acquire(timeout=LOCK_TIMEOUT_S)
         comm, self.comm = self.comm, None
@@ -110,3 +122,7 @@ class NcclCommunicator(Communicator):
             self._lock.release()  # at once: the abort may wait for graphs, which a thread at `_call` would never let go
         if comm is not None:
             library().ncclCommAbort(comm)
+
+    def close(self) -> None:
+        if self.peers is not None:
+            self.peers.close()
