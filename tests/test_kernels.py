@@ -22,6 +22,7 @@ from nanovllm.kernels import (  # noqa: E402
     attention_prefill,
     linear,
     linear_invariant,
+    matmul,
     norm,
     request_state,
     rope,
@@ -439,22 +440,53 @@ def test_norm_gemv(device, dtype, outputs, depth, has_residual, gated):
 
 # float32 products stay with cuBLAS on a GPU, since tl.dot rounds to tf32.
 @pytest.mark.parametrize(("device", "dtype"), TARGETS[:3])
-@pytest.mark.parametrize(("num_tokens", "num_splits"), [(1, 2), (5, 4), (17, 2), (65, 2)])
-def skip_split_k(device, dtype, num_tokens, num_splits):
+@pytest.mark.parametrize(
+    ("num_tokens", "block_m", "num_splits", "gated"),
+    [
+        (2, 16, 1, False), (5, 16, 2, False), (16, 16, 1, True), (17, 32, 4, False), (32, 32, 1, True),
+        (33, 64, 1, False), (64, 64, 1, True), (65, 64, 2, False), (128, 64, 4, False), (129, 128, 2, False),
+    ],
+)  # fmt: skip
+def test_matmul(device, dtype, num_tokens, block_m, num_splits, gated):
     x = torch.randn(num_tokens, 528, device=device).to(dtype)[:, :512]  # strided rows
     weight = (torch.randn(128, 512, device=device) * 512**-0.5).to(dtype)
-    parts = matmul.matmul(x, weight, tiling)
-    assert parts.shape == (num_splits, num_tokens, 128)
-    assert_close(parts, linear.split_k_torch(x, weight, num_splits), torch.float16)
+    tiling = matmul.Tiling(block_m, num_splits, 2)
+    out = matmul.matmul(x, weight, tiling, gated)
+    assert_close(out, matmul.matmul_torch(x, weight, tiling, gated), torch.float16 if num_splits > 1 else dtype)
+    if num_splits == 1:
+        target = torch.full_like(out, NAN)
+        assert matmul.matmul(x, weight, tiling, gated, out=target) is target
+        assert torch.equal(target, out)
+        return
     # The norm that follows adds them up.
     residual, norm_weight = (
         torch.randn(num_tokens, 128, device=device).to(dtype),
         torch.rand(128, device=device).to(dtype),
     )
-    out, total = norm.add_rms_norm_triton(parts, residual, norm_weight, 1e-6)
-    expected_out, expected_total = norm.add_rms_norm_torch(parts, residual, norm_weight, 1e-6)
+    normed, total = norm.add_rms_norm_triton(out, residual, norm_weight, 1e-6)
+    expected_out, expected_total = norm.add_rms_norm_torch(out, residual, norm_weight, 1e-6)
+    assert_close(normed, expected_out, dtype)
     assert_close(total, expected_total, dtype)
-    assert_close(out, expected_out, dtype)
+
+
+@pytest.mark.parametrize("outputs, depth", [(4096, 1024), (1024, 3072), (24576, 4096), (4096, 12288), (1152, 896)])
+@pytest.mark.parametrize("gated, can_split", [(False, False), (True, False), (False, True)])
+def test_every_tiling_that_is_chosen_can_be_launched(outputs, depth, gated, can_split, monkeypatch):
+    monkeypatch.setattr(matmul, "use_triton", lambda x: True)
+    monkeypatch.setattr(matmul, "has_tma", lambda: True)
+    weight, num_chosen = torch.empty(outputs, depth, dtype=torch.bfloat16), 0
+    for num_tokens in range(1, 300):
+        tiling = matmul.choose_tiling(torch.empty(num_tokens, depth, dtype=torch.bfloat16), weight, gated, can_split)
+        if tiling is None:
+            continue
+        num_chosen += 1
+        assert 2 <= num_tokens <= 256
+        assert outputs % matmul.BLOCK_N == 0 == depth % (matmul.BLOCK_K * tiling.num_splits)
+        assert tiling.num_splits == 1 or (can_split and not gated)
+        shared_bytes = (matmul.BLOCK_N + tiling.block_m) * matmul.BLOCK_K * 2 * tiling.num_stages
+        assert shared_bytes <= 227 * 1024 - 1024
+        assert tiling.num_stages >= 2
+    assert num_chosen > 30
 
 
 # ---- batch-invariant attention and products ----
@@ -564,11 +596,12 @@ def test_rows(device, dtype, max_blocks, block_size, monkeypatch):
     num_cached[-1] = 0
     tables = torch.randint(0, 10**6, (9, max_blocks), dtype=torch.int32, device=device)
     rows = torch.tensor([3, 0, 7, 8, 8], device=device)  # the last row pads
+    temperatures, seeds = torch.rand(9, device=device), random_rows(9, device)[0]
     tokens = torch.arange(5, device=device)
     results = []
     for use_triton in (False, True):
         monkeypatch.setattr(request_state, "use_triton", lambda _, use_triton=use_triton: use_triton)
-        gathered = request_state.gather_rows(rows, last_token, num_cached, tables, block_size)
+        gathered = request_state.gather_rows(rows, last_token, num_cached, tables, temperatures, seeds, block_size)
         after = last_token.clone(), num_cached.clone()
         request_state.advance_rows(rows, gathered[1], tokens, *after)
         assert after[1][-1] == 0

@@ -151,14 +151,14 @@ class ModelRunner:
     def run_decode(self, rows: torch.Tensor, max_context_len: int) -> torch.Tensor:
         """The decode step of permanent `rows` [B] int64 -> token ids [B] int64; all on the device, to be captured."""
         state = self.state
-        logits, positions = self.forward_decode(rows, max_context_len)
-        token_ids = self.sample(logits, state.temperatures[rows], state.seeds[rows], positions + 1)
+        logits, positions, *draws = self.forward_decode(rows, max_context_len)
+        token_ids = self.sample(logits, *draws)
         advance_rows(rows, positions, token_ids, state.last_token, state.num_cached_tokens)
         return token_ids
 
     def run_prefill_adjusted(self, step: StepInput, batch: PrefillBatch, seqs: list[Sequence] | None) -> StepOutput:
         """`run_prefill` where some row asks for more than a temperature."""
-        logits, hidden_states = self.forward_prefill(batch)
+        logits, hidden_states = self.forward_prefill(batch, all_tokens=bool(step.num_logprob_runs))
         runs = []
         wanted = prompt_logprob_runs(seqs) if seqs is not None else []
         for i, (begin, end) in enumerate(step.logprob_runs):
@@ -168,7 +168,7 @@ class ModelRunner:
                 token_ids = torch.tensor(seqs[row].token_ids[first : first + end - begin], device=self.device)
                 k = seqs[row].sampling_params.prompt_logprobs or 0
                 runs.append((row, first, compute_logprobs(run_logits, token_ids, k)))
-        output = self.sample_adjusted(logits, batch.temperatures, batch.seeds, batch.context_lens, seqs)
+        output = self.sample_adjusted(logits, batch.temperatures, batch.seeds, batch.context_lens, seqs=seqs)
         self.state.last_token[batch.rows] = output.token_ids
         output.prompt_logprobs = runs
         return output
@@ -177,10 +177,10 @@ class ModelRunner:
         """`run_decode` where some row asks for more: the forward may be a graph, the sampling is not."""
         state, rows = self.state, batch.rows
         if self.graphs is not None:
-            logits, positions = self.graphs.replay(rows, sample=False)
+            logits, positions, *draws = self.graphs.replay(rows, sample=False)
         else:
-            logits, positions = self.forward_decode(rows, batch.max_context_len)
-        output = self.sample_adjusted(logits, state.temperatures[rows], state.seeds[rows], positions + 1, seqs)
+            logits, positions, *draws = self.forward_decode(rows, batch.max_context_len)
+        output = self.sample_adjusted(logits, *draws, seqs=seqs)
         advance_rows(rows, positions, output.token_ids, state.last_token, state.num_cached_tokens)
         return output
 
@@ -202,6 +202,7 @@ class ModelRunner:
         temperatures: torch.Tensor,
         seeds: torch.Tensor,
         positions: torch.Tensor,
+        *,
         seqs: list[Sequence] | None,
     ) -> StepOutput:
         """Rank 0 draws from the whole logits and tells the others."""
@@ -222,14 +223,16 @@ class ModelRunner:
         """This rank's logits [B, num_valid] -> all ranks', [B, vocab]."""
         return self.model.lm_head.gather(logits)
 
-    def forward_prefill(self, batch: PrefillBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> logits [B, num_valid] and hidden states [T, hidden]; the rows' state is set up for what follows."""
+    def forward_prefill(self, batch: PrefillBatch, all_tokens: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> logits [B, num_valid] and hidden states, of `all_tokens` [T, hidden], else of each row's last [B, hidden].
+
+        The rows' state is set up for what follows."""
         state, rows = self.state, batch.rows
         state.write_blocks(batch.block_updates)
         state.temperatures[rows] = batch.temperatures
         state.seeds[rows] = batch.seeds
         state.num_cached_tokens[rows] = batch.context_lens
-        num_decodes = batch.num_decodes
+        num_decodes, last_tokens = batch.num_decodes, batch.cu_seqlens_q[1:] - 1
         batch.input_ids[:num_decodes] = state.last_token[rows[:num_decodes]].clamp(min=0)
         context = Context(
             is_prefill=True,
@@ -240,28 +243,33 @@ class ModelRunner:
             max_context_len=batch.max_context_len,
             cu_seqlens_q=batch.cu_seqlens_q.int(),
             max_seqlen_q=batch.max_seqlen_q,
+            output_tokens=None if all_tokens else last_tokens,
         )
         hidden_states = self.run_model(batch.input_ids, batch.positions, context)
-        return self.model.compute_logits(hidden_states[batch.cu_seqlens_q[1:] - 1]), hidden_states
+        outputs = hidden_states[last_tokens] if all_tokens else hidden_states
+        return self.model.compute_logits(outputs), hidden_states
 
-    def forward_decode(self, rows: torch.Tensor, max_context_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> logits [B, num_valid] and the positions [B] int64 of the tokens they follow."""
+    def forward_decode(self, rows: torch.Tensor, max_context_len: int) -> tuple[torch.Tensor, ...]:
+        """-> logits [B, num_valid], the positions [B] int64 of the tokens that they follow, and what to draw with:
+        temperatures [B] float32, seeds and positions [B] int64."""
         state = self.state
-        input_ids, positions, slot_mapping, context_lens, block_tables = gather_rows(
-            rows, state.last_token, state.num_cached_tokens, state.block_tables, self.block_size
-        )
+        inputs = gather_rows(
+            rows, state.last_token, state.num_cached_tokens, state.block_tables, state.temperatures, state.seeds,
+            self.block_size,
+        )  # fmt: skip
         context = Context(
             is_prefill=False,
             num_decodes=rows.shape[0],
-            slot_mapping=slot_mapping,
-            block_tables=block_tables,
-            context_lens=context_lens,
+            slot_mapping=inputs.slot_mapping,
+            block_tables=inputs.block_tables,
+            context_lens=inputs.context_lens,
             max_context_len=max_context_len,
         )
-        return self.model.compute_logits(self.run_model(input_ids, positions, context)), positions
+        logits = self.model.compute_logits(self.run_model(inputs.input_ids, inputs.positions, context))
+        return logits, inputs.positions, inputs.temperatures, inputs.seeds, inputs.draw_positions
 
     def run_model(self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context) -> torch.Tensor:
-        """input_ids, positions [T] int64 -> hidden states [T, hidden]."""
+        """input_ids, positions [T] int64 -> hidden states [T, hidden], or of the context's `output_tokens`."""
         with set_context(context):
             self.backend.prepare(context)
             return self.model(input_ids, positions)

@@ -56,7 +56,9 @@ def choose_tiling(x: torch.Tensor, weight: torch.Tensor, gated: bool = False, ca
     block_m = max(next_power_of_2(num_tokens), 16) if is_few else 64 if num_tokens <= MAX_ROWS else 128
     num_tiles = num_outputs // BLOCK_N * -(-num_tokens // block_m)
     num_processors, num_splits = num_multiprocessors(x.device), 1
-    while can_split and num_tiles * num_splits * 2 <= num_processors and depth % (num_splits * 2 * BLOCK_K) == 0:
+    # TMA keeps memory busy from half of the multiprocessors, and fewer partial sums are added faster.
+    max_programs = num_processors if block_m != 64 else num_processors * 3 // 4
+    while can_split and num_tiles * num_splits * 2 <= max_programs and depth % (num_splits * 2 * BLOCK_K) == 0:
         num_splits *= 2
     if is_few:
         if num_tiles * num_splits * 2 < num_processors and depth > 2048:

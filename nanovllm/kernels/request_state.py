@@ -1,11 +1,24 @@
 """The decode step's first and last kernel: permanent rows to a batch's inputs, and its tokens back into the rows.
 
-Called by engine/model_runner.py inside the captured step. Sixteen indexing operations in two launches.
+Called by engine/model_runner.py inside the captured step. Some twenty indexing operations in two launches.
 """
+
+from typing import NamedTuple
 
 import torch
 
 from nanovllm.kernels.triton_utils import jit, launch_options, next_power_of_2, pdl_wait, tl, use_triton
+
+
+class RowInputs(NamedTuple):
+    input_ids: torch.Tensor  # [B] int64; an invalid token, -1, reads as 0
+    positions: torch.Tensor  # [B] int64
+    slot_mapping: torch.Tensor  # [B] int64
+    context_lens: torch.Tensor  # [B] int32, this token included
+    block_tables: torch.Tensor  # [B, max_blocks] int32
+    temperatures: torch.Tensor  # [B] float32
+    seeds: torch.Tensor  # [B] int64
+    draw_positions: torch.Tensor  # [B] int64, of the tokens that will be drawn
 
 
 def gather_rows(
@@ -13,32 +26,35 @@ def gather_rows(
     last_token: torch.Tensor,
     num_cached_tokens: torch.Tensor,
     block_tables: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
     block_size: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> RowInputs:
     """What the requests in `rows` [B] int64 compute next: their newest token, which is not cached yet.
 
     Args:
-        last_token, num_cached_tokens: [R] int64; block_tables: [R, max_blocks] int32.
-
-    Returns:
-        input_ids [B] int64 (an invalid token -1 reads as 0), positions [B] int64, slot_mapping [B] int64,
-        context_lens [B] int32, this token included, and the rows' block tables [B, max_blocks] int32.
+        last_token, num_cached_tokens, seeds: [R] int64; temperatures: [R] float32; block_tables: [R, max_blocks] int32.
     """
     if not use_triton(rows):
         positions = num_cached_tokens[rows]
         tables = block_tables[rows]
         blocks = tables.gather(1, (positions // block_size)[:, None]).squeeze(1)
         slots = blocks * block_size + positions % block_size
-        return last_token[rows].clamp(min=0), positions, slots, (positions + 1).int(), tables
-    input_ids, positions, slots = (torch.empty_like(rows) for _ in range(3))
+        return RowInputs(
+            last_token[rows].clamp(min=0), positions, slots, (positions + 1).int(), tables, temperatures[rows],
+            seeds[rows], positions + 1,
+        )  # fmt: skip
+    input_ids, positions, slots, row_seeds, draw_positions = (torch.empty_like(rows) for _ in range(5))
     context_lens = torch.empty_like(rows, dtype=torch.int32)
+    row_temperatures = torch.empty_like(rows, dtype=torch.float32)
     tables = block_tables.new_empty(rows.shape[0], block_tables.shape[1])
     _gather_kernel[(rows.shape[0],)](
-        rows, last_token, num_cached_tokens, block_tables, input_ids, positions, slots, context_lens, tables,
+        rows, last_token, num_cached_tokens, block_tables, temperatures, seeds,
+        input_ids, positions, slots, context_lens, tables, row_temperatures, row_seeds, draw_positions,
         block_size, block_tables.shape[1], BLOCK=min(next_power_of_2(block_tables.shape[1]), 1024), num_warps=1,
         **launch_options(),
     )  # fmt: skip
-    return input_ids, positions, slots, context_lens, tables
+    return RowInputs(input_ids, positions, slots, context_lens, tables, row_temperatures, row_seeds, draw_positions)
 
 
 def advance_rows(
@@ -62,8 +78,9 @@ def advance_rows(
 
 @jit(do_not_specialize=("num_blocks",))
 def _gather_kernel(
-    rows_ptr, last_token_ptr, num_cached_ptr, block_tables_ptr, input_ids_ptr, positions_ptr, slots_ptr, lens_ptr,
-    tables_ptr, block_size, num_blocks, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    rows_ptr, last_token_ptr, num_cached_ptr, block_tables_ptr, temperatures_ptr, seeds_ptr,
+    input_ids_ptr, positions_ptr, slots_ptr, lens_ptr, tables_ptr, row_temperatures_ptr, row_seeds_ptr,
+    draw_positions_ptr, block_size, num_blocks, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a row of the batch."""
     i = tl.program_id(0).to(tl.int64)
@@ -76,6 +93,9 @@ def _gather_kernel(
     tl.store(positions_ptr + i, position)
     tl.store(slots_ptr + i, block * block_size + position % block_size)
     tl.store(lens_ptr + i, (position + 1).to(tl.int32))
+    tl.store(row_temperatures_ptr + i, tl.load(temperatures_ptr + row))
+    tl.store(row_seeds_ptr + i, tl.load(seeds_ptr + row))
+    tl.store(draw_positions_ptr + i, position + 1)
     for first in range(0, num_blocks, BLOCK):
         cols = first + tl.arange(0, BLOCK)
         blocks = tl.load(table + cols, mask=cols < num_blocks, other=0)

@@ -14,6 +14,7 @@ from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, get_rope
+from nanovllm.utils.context import get_context
 from nanovllm.utils.distributed import TensorParallel
 
 
@@ -36,12 +37,20 @@ class Qwen3Attention(nn.Module):
         return config.attention_bias, config.attention_bias
 
     def forward(
-        self, positions: torch.Tensor, norm: RMSNorm, hidden_states: torch.Tensor, residual: torch.Tensor | None
+        self,
+        positions: torch.Tensor,
+        norm: RMSNorm,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+        kept: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         qkv, residual = self.qkv_proj.forward_normed(norm, hidden_states, residual)
         q_weight = self.q_norm.weight if self.q_norm is not None else None
         k_weight = self.k_norm.weight if self.k_norm is not None else None
-        return self.o_proj(self.attn(positions, qkv, q_weight, k_weight, self.eps)), residual
+        heads = self.attn(positions, qkv, q_weight, k_weight, self.eps)
+        if kept is not None:
+            heads, residual = heads[kept], residual[kept]
+        return self.o_proj(heads), residual
 
 
 class Qwen3MLP(nn.Module):
@@ -70,10 +79,15 @@ class Qwen3DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+        kept: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`kept` [n] int64: the tokens that go on after attention, from there on [n, hidden]; None for all."""
         # The norms go inside: each is fused with the residual addition before it and, for one row, the product after.
-        hidden_states, residual = self.self_attn(positions, self.input_layernorm, hidden_states, residual)
+        hidden_states, residual = self.self_attn(positions, self.input_layernorm, hidden_states, residual, kept)
         return self.mlp(self.post_attention_layernorm, hidden_states, residual)
 
 
@@ -88,8 +102,10 @@ class Qwen3Model(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         hidden_states, residual = self.embed_tokens(input_ids), None
+        # Nobody reads what the last layer makes of a prompt but for its last token: others only leave keys and values.
+        kept, last = get_context().output_tokens, self.layers[-1]
         for layer in self.layers:
-            hidden_states, residual = layer(positions, hidden_states, residual)
+            hidden_states, residual = layer(positions, hidden_states, residual, kept if layer is last else None)
         return self.norm(hidden_states, residual)[0]
 
 
@@ -113,7 +129,7 @@ class Qwen3ForCausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """input_ids, positions [T] int64 -> normed hidden states [T, hidden]."""
+        """input_ids, positions [T] int64 -> normed hidden states [T, hidden], or of the context's `output_tokens`."""
         return self.model(input_ids, positions)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:

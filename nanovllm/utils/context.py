@@ -23,6 +23,7 @@ class Context:
     max_context_len: int
     cu_seqlens_q: torch.Tensor | None = None  # [B + 1] int32: where each row's new tokens begin; prefill only
     max_seqlen_q: int = 1
+    output_tokens: torch.Tensor | None = None  # [n] int64: of the T tokens those whose output is asked for; None: all
     # What the backend derives once a step for all layers.
     backend_data: object = None
 
