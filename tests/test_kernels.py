@@ -469,8 +469,8 @@ def test_matmul(device, dtype, num_tokens, block_m, num_splits, gated):
     assert_close(total, expected_total, dtype)
 
 
-@pytest.mark.parametrize("outputs, depth", [(4096, 1024), (1024, 3072), (24576, 4096), (4096, 12288), (1152, 896)])
-@pytest.mark.parametrize("gated, can_split", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(("outputs", "depth"), [(4096, 1024), (1024, 3072), (24576, 4096), (4096, 12288), (1152, 896)])
+@pytest.mark.parametrize(("gated", "can_split"), [(False, False), (True, False), (False, True)])
 def test_every_tiling_that_is_chosen_can_be_launched(outputs, depth, gated, can_split, monkeypatch):
     monkeypatch.setattr(matmul, "use_triton", lambda x: True)
     monkeypatch.setattr(matmul, "has_tma", lambda: True)
