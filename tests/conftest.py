@@ -1,7 +1,12 @@
 """Session-wide fixtures; see helpers.py for what they give."""
 
+import os
 import signal
 from collections.abc import Callable
+
+# Before torch is imported, which reads it then: threads that wait for work sleep, also in programs that are started
+# here. They would spin in the way of other processes, for most of what a test with two threads takes.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch

@@ -123,7 +123,11 @@ def test_a_bad_request(llm, prompt, error, match):
 
 
 @pytest.mark.usefixtures("unharmed")
-@pytest.mark.parametrize("prompts", [None, 3, 2.5, b"abc", {1, 2}, object(), iter(["a"])], ids=repr)
+@pytest.mark.parametrize(
+    "prompts",
+    [None, 3, 2.5, b"abc", {1, 2}, pytest.param(object(), id="object"), pytest.param(iter(["a"]), id="iterator")],
+    ids=repr,  # not of what shows its address: processes that share the tests must call them the same
+)
 def test_prompts_are_no_list(llm, prompts):
     with pytest.raises(TypeError, match="prompts must be"):
         llm.generate(prompts, use_tqdm=False)
