@@ -383,7 +383,17 @@ def used_bytes() -> int:
 
 
 def test_the_cache_is_sized_from_free_memory_and_given_back(model):
-    """Filled to the share asked for, never beyond, with the largest batch and every graph; nothing left at the end."""
+    """Filled to the share asked for, never beyond, with the largest batch and every graph; nothing left at the end.
+
+    What a process keeps for good, kernels above all, is there before: another engine has loaded it.
+    """
+    rng = random.Random(12)
+    prompts = [random_prompt(rng, 500, model.vocab_size) for _ in range(300)]
+    lengths = [1 + i for i in range(300)]  # every batch size on the way down
+    with model.llm(max_num_seqs=256, num_kvcache_blocks=800, max_model_len=4096) as llm:
+        llm.generate(prompts, [greedy(n) for n in lengths], use_tqdm=False)
+    del llm
+    gc.collect()
     torch.cuda.empty_cache()
     before, total = used_bytes(), torch.cuda.mem_get_info()[1]
     share = before / total + 0.25
@@ -391,15 +401,12 @@ def test_the_cache_is_sized_from_free_memory_and_given_back(model):
         assert llm.config.kvcache_block_size == 256
         assert llm.model_runner.num_kvcache_blocks * llm.model_runner.block_bytes > 0.5 * 0.25 * total
         assert used_bytes() < share * total + 2**28
-        rng = random.Random(12)
-        prompts = [random_prompt(rng, 500, model.vocab_size) for _ in range(300)]
-        lengths = [1 + i for i in range(300)]  # every batch size on the way down
         llm.generate(prompts, [greedy(n) for n in lengths], use_tqdm=False)
         assert used_bytes() < share * total + 2**28
     del llm
     gc.collect()
     torch.cuda.empty_cache()
-    assert used_bytes() < before + 2**29
+    assert used_bytes() < before + 2**26
 
 
 def test_default_choices(model):

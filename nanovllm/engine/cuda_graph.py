@@ -1,5 +1,6 @@
 """Captures the whole decode step, from rows' state to their next state, per batch-size bucket and on first use."""
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,12 +15,16 @@ def batch_buckets(max_num_seqs: int) -> list[int]:
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
+@cache
+def capture_stream(device: torch.device) -> Any:
+    """One for all captures of a process: cuBLAS keeps a workspace for every stream that it has ever seen."""
+    return torch.cuda.Stream(device)
+
+
 class DecodeGraphs:
     def __init__(self, runner: "ModelRunner", max_num_seqs: int):
         self.runner = runner
         self.buckets = batch_buckets(max_num_seqs)
-        # One for all captures: what the warm-ups allocate is kept for each stream, and would add up to gigabytes.
-        self.stream: Any = None
         self.clear()
 
     def clear(self) -> None:
@@ -58,7 +63,7 @@ class DecodeGraphs:
             return self.runner.forward_decode(rows, max_context_len)
 
         # torch.cuda.graph() would collect garbage and empty the allocator's cache, 0.1 s each time.
-        stream = self.stream = self.stream or torch.cuda.Stream()
+        stream = capture_stream(self.runner.device)
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):
