@@ -1,5 +1,6 @@
 """Captures the whole decode step, from rows' state to their next state, per batch-size bucket and on first use."""
 
+import threading
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ def batch_buckets(max_num_seqs: int) -> list[int]:
     """Batch sizes worth a graph: padding stays below 8 rows up to 256 and below 32 beyond."""
     sizes = [1, 2, 4, *range(8, 256, 8), *range(256, max_num_seqs + 32, 32)]
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+
+
+CAPTURE_LOCK = threading.Lock()  # two engines may be in two threads
 
 
 @cache
@@ -62,11 +66,12 @@ class DecodeGraphs:
                 return (self.runner.run_decode(rows, max_context_len),)
             return self.runner.forward_decode(rows, max_context_len)
 
+        previous = torch.cuda.current_stream()
         # torch.cuda.graph() would collect garbage and empty the allocator's cache, 0.1 s each time.
         stream = capture_stream(self.runner.device)
-        stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
+        with CAPTURE_LOCK, torch.cuda.stream(stream):
+            stream.wait_stream(previous)
             step()
             stream.synchronize()
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
@@ -74,6 +79,6 @@ class DecodeGraphs:
                 outputs = step()
             finally:
                 graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
+        previous.wait_stream(stream)
         self.pool = graph.pool()
         self.graphs[bucket, sample] = graph, rows, outputs

@@ -30,7 +30,9 @@ if not HAS_TRITON:
 # predecessor's writes in `pdl_wait`. Every kernel calls that before it touches memory which another kernel writes.
 @functools.cache
 def has_pdl() -> bool:
-    return torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0)
+    if not torch.cuda.is_available() or torch.version.hip is not None or not HAS_TRITON:
+        return False
+    return torch.cuda.get_device_capability() >= (9, 0) and hasattr(tl.extra.cuda, "gdc_wait")  # since Triton 3.3
 
 
 @functools.cache
