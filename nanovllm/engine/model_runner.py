@@ -168,7 +168,7 @@ class ModelRunner:
                 token_ids = torch.tensor(seqs[row].token_ids[first : first + end - begin], device=self.device)
                 k = seqs[row].sampling_params.prompt_logprobs or 0
                 runs.append((row, first, compute_logprobs(run_logits, token_ids, k)))
-        output = self.sample_adjusted(logits, batch.temperatures, batch.seeds, batch.context_lens, seqs=seqs)
+        output = self.sample_adjusted(logits, batch.temperatures, batch.seeds, batch.context_lens, seqs)
         self.state.last_token[batch.rows] = output.token_ids
         output.prompt_logprobs = runs
         return output
@@ -180,7 +180,8 @@ class ModelRunner:
             logits, positions, *draws = self.graphs.replay(rows, sample=False)
         else:
             logits, positions, *draws = self.forward_decode(rows, batch.max_context_len)
-        output = self.sample_adjusted(logits, *draws, seqs=seqs)
+        temperatures, seeds, draw_positions = draws
+        output = self.sample_adjusted(logits, temperatures, seeds, draw_positions, seqs)
         advance_rows(rows, positions, output.token_ids, state.last_token, state.num_cached_tokens)
         return output
 
@@ -202,7 +203,6 @@ class ModelRunner:
         temperatures: torch.Tensor,
         seeds: torch.Tensor,
         positions: torch.Tensor,
-        *,
         seqs: list[Sequence] | None,
     ) -> StepOutput:
         """Rank 0 draws from the whole logits and tells the others."""
