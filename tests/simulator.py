@@ -16,7 +16,7 @@ from typing import Any
 from nanovllm import SamplingParams
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.sequence import DecodingSequences, Sequence, SequenceStatus
 
 VOCAB_SIZE = 40
 EOS = frozenset([0])
@@ -80,10 +80,13 @@ class Device:
 
     def run(self, seqs: list[Sequence], is_prefill: bool, requests: dict[int, Request]) -> list[int]:
         token_ids = []
-        for seq in seqs:
-            request, table = requests[seq.seq_id], self.tables[seq.row]
+        for seq in seqs.grown if isinstance(seqs, DecodingSequences) else seqs:
+            table = self.tables[seq.row]
             table[seq.num_device_blocks : len(seq.block_table)] = seq.block_table[seq.num_device_blocks :]
             seq.num_device_blocks = len(seq.block_table)
+        for seq in seqs:
+            request, table = requests[seq.seq_id], self.tables[seq.row]
+            assert table[: len(seq.block_table)] == seq.block_table, "the device has not been told of a block"
             first, last = seq.num_cached_tokens, seq.num_cached_tokens + seq.num_scheduled_tokens
             new = [self.last_token[seq.row]] if seq.is_decoding else seq.token_ids[first:last]
             assert new == request.tokens[first:last]
@@ -266,7 +269,6 @@ class Simulation:
             self.scheduler.completion_ratio = self.completion_ratio
         running_before = list(self.scheduler.running)
         seqs, is_prefill = self.call(self.scheduler.schedule)
-        seqs = list(seqs)
         self.check_schedule(seqs, is_prefill, running_before)
         scheduled = [(seq.seq_id, seq.num_scheduled_tokens) for seq in seqs]
         if seqs:

@@ -106,39 +106,20 @@ def block_updates(seqs: list[Sequence]) -> list[tuple[int, int, int]]:
     return updates
 
 
-@dataclass(slots=True)
-class DecodeFacts:
-    """What is the same in all steps of the same decoding sequences."""
-
-    rows: np.ndarray  # [B] int64, the permanent rows
-    is_plain: bool
-    longest: Sequence  # for they grow in step
-
-    @classmethod
-    def of(cls, seqs: list[Sequence]) -> "DecodeFacts":
-        facts = getattr(seqs, "facts", None)
-        if facts is None:
-            rows = np.array([seq.row for seq in seqs], dtype=np.int64)
-            longest = max(seqs, key=lambda seq: seq.num_cached_tokens)
-            facts = cls(rows, all([seq.is_plain for seq in seqs]), longest)
-            if isinstance(seqs, DecodingSequences):
-                seqs.facts = facts
-        return facts
-
-
 def prepare_decode(seqs: list[Sequence]) -> StepInput:
-    facts, updates = DecodeFacts.of(seqs), block_updates(seqs)
+    decoding = seqs if isinstance(seqs, DecodingSequences) else DecodingSequences(seqs)
+    rows, updates = np.frombuffer(decoding.rows, dtype=np.int64), block_updates(decoding.grown)
     return StepInput(
         is_prefill=False,
-        is_plain=facts.is_plain,
+        is_plain=decoding.is_plain,
         num_rows=len(seqs),
         num_tokens=len(seqs),
         num_updates=len(updates),
         num_decodes=len(seqs),
         num_logprob_runs=0,
         max_seqlen_q=1,
-        max_context_len=facts.longest.num_cached_tokens + 1,
-        data=np.concatenate([facts.rows, np.array(updates, dtype=np.int64).T.ravel()]) if updates else facts.rows,
+        max_context_len=decoding.longest.num_cached_tokens + 1,
+        data=np.concatenate([rows, np.array(updates, dtype=np.int64).T.ravel()]) if updates else rows,
     )
 
 

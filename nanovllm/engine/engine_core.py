@@ -4,7 +4,7 @@ import logging
 import time
 import traceback
 import weakref
-from collections import deque
+from collections import abc, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +21,7 @@ from nanovllm.engine.input_processor import InputProcessor, Prompt, load_tokeniz
 from nanovllm.engine.model_runner import ModelRunner, PendingTokens
 from nanovllm.engine.request import Call, Request
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import DecodingSequences, Sequence, watched
 from nanovllm.errors import EngineDeadError
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.loader import check_files
@@ -60,7 +60,7 @@ class EngineCore:
         self.input_processor.num_blocks = num_blocks
         # How many steps may be launched beyond the one whose tokens are being read. A CPU step is over when launched.
         self.depth = 1 if config.device.type == "cuda" else 0
-        self._in_flight: deque[tuple[list[Sequence], list[Sequence | None], PendingTokens, bool]] = deque()
+        self._in_flight: deque[tuple[list[Sequence], abc.Sequence[Sequence | None], PendingTokens, bool]] = deque()
         self._requests: dict[int, Request] = {}  # every unfinished request
         self._step_call = Call()  # of the requests that `add_request` queued and `step` reports
         self._death: EngineDeadError | None = None
@@ -164,7 +164,7 @@ class EngineCore:
             self._aborts.popleft()
 
     def _postprocess(
-        self, seqs: list[Sequence], sampling: list[Sequence | None], step: PendingTokens, is_prefill: bool
+        self, seqs: list[Sequence], sampling: abc.Sequence[Sequence | None], step: PendingTokens, is_prefill: bool
     ) -> None:
         """Take in the tokens of a launched step; `sampling`: what `advance` said of its rows."""
         with diagnosed(self.config, seqs):
@@ -179,12 +179,10 @@ class EngineCore:
                     seqs[row].logprobs.append(entry)
         for row, first, run in step.prompt_logprobs:
             seqs[row].prompt_logprobs.update(enumerate(run.tolist(), first))
-        watched = [
-            row for row, seq in enumerate(sampling) if seq is not None and seq.is_watched and not seq.is_finished
-        ]
+        watching = sampling.watched if isinstance(sampling, DecodingSequences) else watched(sampling)
+        watching = [seq for seq in watching if not seq.is_finished]
         finished = self.scheduler.postprocess(sampling, token_ids)
-        for row in watched:
-            seq = seqs[row]
+        for seq in watching:
             if seq.finish_reason == "error":
                 continue
             if seq.was_ended_by_token:  # whose text is no text

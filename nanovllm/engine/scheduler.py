@@ -5,7 +5,7 @@ served: decoding sequences, then prompts in progress, then waiting ones; a preem
 """
 
 from bisect import insort
-from collections import deque
+from collections import abc, deque
 from collections.abc import Iterable
 
 from nanovllm.engine.block_manager import BlockManager
@@ -84,28 +84,34 @@ class Scheduler:
                 prefilling.append(seq)
         return (decoding + prefilling, True) if prefilling else (decoding, False)
 
-    def advance(self, seqs: list[Sequence]) -> list[Sequence | None]:
+    def advance(self, seqs: list[Sequence]) -> abc.Sequence[Sequence | None]:
         """Count the step just launched as done; for each row, the sequence that gets a token from it, if any."""
-        sampling: list[Sequence | None] = list(seqs)
-        for row, seq in enumerate(seqs):
-            if seq.is_decoding:
+        decoding, self._decoding = self._decoding, None
+        if decoding is not None and seqs is decoding:
+            for seq in decoding:
                 seq.num_cached_tokens += 1
                 seq.num_tokens += 1
-                if seq.num_tokens >= seq.max_num_tokens:
-                    self._decoding = None
-                continue
+            decoding.num_steps += 1
+            if decoding.num_steps < decoding.num_steps_to_end:
+                self._decoding = decoding
+            return decoding
+        sampling: list[Sequence | None] = list(seqs)
+        for row, seq in enumerate(seqs):
             seq.num_cached_tokens += seq.num_scheduled_tokens
             if seq.num_cached_tokens == seq.num_tokens:
                 seq.num_tokens += 1
                 seq.is_decoding = True
                 seq.num_scheduled_tokens = 1  # of every step from now on
-                self._decoding = None
             else:
                 sampling[row] = None
         return sampling
 
-    def postprocess(self, seqs: list[Sequence | None], token_ids: list[int]) -> list[Sequence]:
+    def postprocess(self, seqs: abc.Sequence[Sequence | None], token_ids: list[int]) -> list[Sequence]:
         """Take in the tokens of a step that `advance` counted; returns the sequences that they finished."""
+        if seqs is self._decoding and self._all_go_on(self._decoding, token_ids):
+            for running, token_id in zip(self._decoding, token_ids, strict=True):
+                running.token_ids.append(token_id)
+            return []
         finished = self._end_broken(seqs, token_ids) if min(token_ids, default=0) < 0 else []
         tainted = self._tainted
         for seq, token_id in zip(seqs, token_ids, strict=True):
@@ -130,7 +136,11 @@ class Scheduler:
                     self.preempt(seq)
         return finished
 
-    def _end_broken(self, seqs: list[Sequence | None], token_ids: list[int]) -> list[Sequence]:
+    def _all_go_on(self, decoding: DecodingSequences, token_ids: list[int]) -> bool:
+        """Whether all of those that decode are going to, after these tokens as before them."""
+        return not self._tainted and min(token_ids, default=0) >= 0 and decoding.stop_ids.isdisjoint(token_ids)
+
+    def _end_broken(self, seqs: abc.Sequence[Sequence | None], token_ids: list[int]) -> list[Sequence]:
         """End the sequences whose logits had no finite maximum, or start them over if others may be to blame.
 
         A NaN in a block reaches everyone who reads it, also from a token that comes later: masked, it is 0 · NaN. So
@@ -180,9 +190,13 @@ class Scheduler:
 
         False if that has to wait: a sequence whose newest token is unread cannot be recomputed.
         """
-        growing = [
-            seq for seq in self.running if seq.num_tokens > seq.num_slots and seq.num_tokens < seq.max_num_tokens
-        ]
+        decoding = self._decoding
+        if decoding is not None:
+            growing = decoding.full_at.get(decoding.num_steps, [])
+        else:
+            growing = [
+                seq for seq in self.running if seq.num_tokens > seq.num_slots and seq.num_tokens < seq.max_num_tokens
+            ]
         if not self.block_manager.can_append(len(growing)) and any(seq.has_unread_tokens for seq in self.running):
             return False
         while not self.block_manager.can_append(len(growing)):
@@ -194,6 +208,10 @@ class Scheduler:
             self.block_manager.may_append(seq)
             # The blocks before are full and their ids read: only the newest token's can be missing.
             self.block_manager.register(seq, seq.num_cached_tokens)
+        if decoding is not None:
+            decoding.full_at.pop(decoding.num_steps, None)
+            decoding.foresee(growing)
+            decoding.grown = growing
         return True
 
     def _schedule_chunk(self, seq: Sequence, budget: int) -> int:
@@ -216,7 +234,8 @@ class Scheduler:
     def _release(self, seq: Sequence) -> None:
         """`seq` stops running and gives back what it holds."""
         self.running.remove(seq)
-        self._decoding = None
+        if self._decoding is not None and seq in self._decoding:
+            self._decoding = None
         self.block_manager.deallocate(seq)
         self._free_rows.append(seq.row)
         self._admission_blocked = False

@@ -1,7 +1,11 @@
 """One request: its tokens, its progress and the KV blocks it holds. Plain Python, no torch."""
 
+from array import array
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import cached_property
 from itertools import count
 from typing import Any
 
@@ -172,10 +176,49 @@ class Sequence:
         del self.logprobs[len(self.token_ids) - self.num_prompt_tokens :]  # of tokens that were drawn and not kept
 
 
+def watched(seqs: Iterable[Sequence | None]) -> list[Sequence]:
+    """Those whose every token somebody looks at."""
+    return [seq for seq in seqs if seq is not None and seq.is_watched]
+
+
 class DecodingSequences(list[Sequence]):
     """The sequences that decode, for as long as they are the same: a list that nobody changes.
 
-    What is found out about them once for all their steps is kept here, and so no longer than they decode.
+    Each gains a token a step, so what happens when is known beforehand, and no step needs to look at all of them. What
+    is found out about them once is kept here, and so no longer than they decode.
     """
 
-    facts: Any = None  # engine/batch.py's
+    def __init__(self, seqs: Iterable[Sequence]):
+        """seqs: running, with a slot for the newest token and more tokens to come."""
+        super().__init__(seqs)
+        self.num_steps = 0  # that they have decoded together
+        self.num_steps_to_end = min([seq.max_num_tokens - seq.num_tokens for seq in self], default=0)  # of the first
+        self.full_at: defaultdict[int, list[Sequence]] = defaultdict(list)  # who needs a block, by `num_steps`
+        self.foresee(self)
+        self.grown: list[Sequence] = self  # nobody else has blocks that the device has not been told of
+
+    def foresee(self, seqs: Iterable[Sequence]) -> None:
+        """Note when `seqs`, each with a slot for its newest token, will have none."""
+        for seq in seqs:
+            self.full_at[self.num_steps + seq.num_slots - seq.num_tokens + 1].append(seq)
+
+    @cached_property
+    def rows(self) -> array:
+        return array("q", [seq.row for seq in self])
+
+    @cached_property
+    def longest(self) -> Sequence:
+        return max(self, key=lambda seq: seq.num_cached_tokens)
+
+    @cached_property
+    def is_plain(self) -> bool:
+        return all([seq.is_plain for seq in self])
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that end any of them."""
+        return frozenset().union(*{seq.stop_ids for seq in self})
+
+    @cached_property
+    def watched(self) -> list[Sequence]:
+        return watched(self)
