@@ -4,6 +4,7 @@ B rows, T new tokens in all, R permanent rows. The device keeps each running req
 decode step needs nothing from the host but which rows take part: their newest tokens have never left the device.
 """
 
+from array import array
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from nanovllm.engine.sequence import DecodingSequences, Sequence
 
 PROMPT_LOGPROBS_CHUNK = 256  # positions whose logits exist at once
+FEW_UPDATES = 8  # new entries of block tables, up to which one launch each is quicker than a copy and its pinned memory
 
 
 class RequestState:
@@ -30,11 +32,16 @@ class RequestState:
         self.seeds = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
         self.block_tables = torch.full((num_rows + 1, max_blocks), padding_block, dtype=torch.int32, device=device)
 
-    def write_blocks(self, updates: torch.Tensor | None) -> None:
-        """updates [3, U] int64: rows, indices in their tables, block ids; None for none."""
-        if updates is not None:
-            rows, indices, block_ids = updates.unbind()
-            self.block_tables.index_put_((rows, indices), block_ids.int())
+    def write_blocks(self, updates: np.ndarray | torch.Tensor) -> None:
+        """updates [3, U] int64: rows, indices in their tables, block ids; from the host or on the device already."""
+        if isinstance(updates, np.ndarray):
+            if updates.shape[1] <= FEW_UPDATES:  # each id travels as the argument of a launch: nothing is copied
+                for row, index, block_id in updates.T.tolist():
+                    self.block_tables[row, index].fill_(block_id)
+                return
+            updates = to_device(updates, self.device)
+        rows, indices, block_ids = updates.unbind()
+        self.block_tables.index_put_((rows, indices), block_ids.int())
 
 
 @dataclass(slots=True)
@@ -87,7 +94,7 @@ class DecodeBatch:
     row_ids: bytes  # [B] int64, the permanent rows; as bytes they are quick to compare
     max_context_len: int
     rows: torch.Tensor  # [B] int64, the same on the device
-    block_updates: torch.Tensor | None  # [3, U] int64, see RequestState.write_blocks
+    block_updates: np.ndarray | None  # [3, U] int64, see RequestState.write_blocks
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -108,7 +115,9 @@ def block_updates(seqs: list[Sequence]) -> list[tuple[int, int, int]]:
 
 def prepare_decode(seqs: list[Sequence]) -> StepInput:
     decoding = seqs if isinstance(seqs, DecodingSequences) else DecodingSequences(seqs)
-    rows, updates = np.frombuffer(decoding.rows, dtype=np.int64), block_updates(decoding.grown)
+    data, updates = decoding.rows, block_updates(decoding.grown)
+    if updates:
+        data = data + array("q", [number for column in zip(*updates) for number in column])
     return StepInput(
         is_prefill=False,
         is_plain=decoding.is_plain,
@@ -119,7 +128,7 @@ def prepare_decode(seqs: list[Sequence]) -> StepInput:
         num_logprob_runs=0,
         max_seqlen_q=1,
         max_context_len=decoding.longest.num_cached_tokens + 1,
-        data=np.concatenate([rows, np.array(updates, dtype=np.int64).T.ravel()]) if updates else rows,
+        data=np.frombuffer(data, dtype=np.int64),
     )
 
 
@@ -134,7 +143,7 @@ def decode_batch(step: StepInput, device: torch.device, previous: DecodeBatch | 
         row_ids=row_ids,
         max_context_len=step.max_context_len,
         rows=rows,
-        block_updates=to_device(step.data[step.num_rows :], device).view(3, -1) if step.num_updates else None,
+        block_updates=step.data[step.num_rows :].reshape(3, -1) if step.num_updates else None,
     )
 
 

@@ -28,7 +28,7 @@ from nanovllm.engine.batch import (
 from nanovllm.engine.cuda_graph import DecodeGraphs
 from nanovllm.engine.kv_cache import block_bytes, choose_num_blocks, measure_reserve, new_cache
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.step_output import PendingTokens, StepOutput, sampled_logprobs
+from nanovllm.engine.step_output import PendingTokens, StepOutput, TokenBuffers, sampled_logprobs
 from nanovllm.engine.worker_group import WorkerGroup
 from nanovllm.kernels.request_state import advance_rows, gather_rows
 from nanovllm.kernels.sampling import gumbel_max
@@ -83,6 +83,7 @@ class ModelRunner:
         loaded()
         self.sampler = Sampler()
         self.last_decode: DecodeBatch | None = None
+        self.token_buffers = TokenBuffers(config.max_num_seqs) if self.device.type == "cuda" else None
         layers = [module for module in self.model.modules() if isinstance(module, Attention)]
         heads = layers[0].num_heads, layers[0].num_kv_heads, layers[0].head_dim
         self.backend = load_backend(str(config.attention_backend), self.block_size, heads, config.deterministic)
@@ -112,7 +113,7 @@ class ModelRunner:
                 output = self.execute(step, seqs)
         if output.error is not None:
             raise output.error
-        return PendingTokens(step, output, self.workers.check if self.workers is not None else None)
+        return PendingTokens(step, output, self.workers.check if self.workers is not None else None, self.token_buffers)
 
     @torch.inference_mode()
     def execute(self, step: StepInput, seqs: list[Sequence] | None = None) -> StepOutput:
@@ -123,7 +124,8 @@ class ModelRunner:
                 return StepOutput(self.run_prefill(batch))
             return self.run_prefill_adjusted(step, batch, seqs)
         decode = self.last_decode = decode_batch(step, self.device, self.last_decode)
-        self.state.write_blocks(decode.block_updates)
+        if decode.block_updates is not None:
+            self.state.write_blocks(decode.block_updates)
         if not step.is_plain:
             return self.run_decode_adjusted(decode, seqs)
         if self.graphs is not None:
@@ -228,7 +230,8 @@ class ModelRunner:
 
         The rows' state is set up for what follows."""
         state, rows = self.state, batch.rows
-        state.write_blocks(batch.block_updates)
+        if batch.block_updates is not None:
+            state.write_blocks(batch.block_updates)
         state.temperatures[rows] = batch.temperatures
         state.seeds[rows] = batch.seeds
         state.num_cached_tokens[rows] = batch.context_lens
@@ -307,7 +310,7 @@ class ModelRunner:
                 # Before the rest: to free memory is to wait for kernels, and these may be waiting for a lost rank.
                 self.workers.stop()
         finally:  # of a Ctrl-C, which `stop` has held back
-            for name in ("model", "kv_cache", "state", "sampler", "backend", "last_decode", "tp"):
+            for name in ("model", "kv_cache", "state", "sampler", "backend", "last_decode", "token_buffers", "tp"):
                 self.__dict__.pop(name, None)
             gc.collect()
             if self.device.type == "cuda":

@@ -21,35 +21,68 @@ class StepOutput:
     error: BaseException | None = None  # a user's callable raised; every rank has done its part all the same
 
 
+class TokenBuffers:
+    """Pinned memory for the tokens of a step, and an event, which are used again: to make them anew takes longer.
+
+    Whoever takes one gives it back when the tokens are read. One that an exception kept is torch's to free.
+    """
+
+    def __init__(self, max_num_seqs: int):
+        self.max_num_seqs = max_num_seqs
+        self.idle: list[tuple[torch.Tensor, torch.cuda.Event]] = []
+
+    def take(self) -> tuple[torch.Tensor, torch.cuda.Event]:
+        if self.idle:
+            return self.idle.pop()
+        with torch.inference_mode(False):  # or nobody could write into it outside of the mode
+            return torch.empty(self.max_num_seqs, dtype=torch.int64, pin_memory=True), torch.cuda.Event()
+
+    def give_back(self, buffer: torch.Tensor, event: torch.cuda.Event) -> None:
+        self.idle.append((buffer, event))
+
+
 class PendingTokens:
     """The tokens of a launched step, [B], and the log probabilities some rows asked for, on their way to the host."""
 
-    def __init__(self, step: StepInput, output: StepOutput, check: Callable[[], None] | None = None):
-        """check: raises if the tokens are not to be trusted, because a rank was lost."""
+    def __init__(
+        self,
+        step: StepInput,
+        output: StepOutput,
+        check: Callable[[], None] | None = None,
+        buffers: TokenBuffers | None = None,
+    ):
+        """check: raises if the tokens are not to be trusted, because a rank was lost; buffers: None on a CPU."""
         self.num_tokens = step.num_tokens  # that the step computes
         self.is_plain = step.is_plain
-        self.event = None
         self.check = check
-        self.token_ids = self._to_host(output.token_ids)
-        self.logprobs = output.logprobs and (output.logprobs[0], output.logprobs[1].map(self._to_host))
+        self.token_ids = output.token_ids
+        self.buffers = buffers
+        if buffers is not None:
+            self.buffer, self.event = buffers.take()
+            self.token_ids = self.buffer[: step.num_rows].copy_(output.token_ids, non_blocking=True)
+        self.logprobs = output.logprobs and (output.logprobs[0], output.logprobs[1].map(to_host))
         runs = output.prompt_logprobs or ()
-        self.prompt_logprobs = [(row, first, run.map(self._to_host)) for row, first, run in runs]
-        if output.token_ids.is_cuda:
-            self.event = torch.cuda.Event()
+        self.prompt_logprobs = [(row, first, run.map(to_host)) for row, first, run in runs]
+        if buffers is not None:
             self.event.record()
 
-    @staticmethod
-    def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_cuda:
-            return tensor
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-
     def wait(self) -> list[int]:
-        if self.event is not None:
+        """The tokens, once."""
+        if self.buffers is not None:
             self.event.synchronize()
         if self.check is not None:
             self.check()
-        return self.token_ids.tolist()
+        token_ids: list[int] = self.token_ids.tolist()
+        if self.buffers is not None:
+            self.buffers.give_back(self.buffer, self.event)
+        return token_ids
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy without waiting for the device; there once an event recorded after it has come."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def sampled_logprobs(
