@@ -7,7 +7,7 @@ first block is the request's `cache_salt`, compared likewise: requests with diff
 """
 
 import secrets
-from array import array
+import struct
 from collections import OrderedDict
 
 import xxhash
@@ -70,9 +70,8 @@ class BlockManager:
 
     def compute_hash(self, token_ids: list[int], prefix_hash: int = 0) -> int:
         """Hash of a full block and, through `prefix_hash`, of everything before it."""
-        digest = xxhash.xxh3_64(prefix_hash.to_bytes(8, "little"), seed=self._hash_seed)
-        digest.update(array("i", token_ids).tobytes())
-        return digest.intdigest()
+        packed = struct.pack(f"<Q{len(token_ids)}i", prefix_hash, *token_ids)
+        return xxhash.xxh3_64_intdigest(packed, seed=self._hash_seed)
 
     def _salt_hash(self, salt: str) -> int:
         """What stands for the block before the first one: without it salts would fight for the same entries."""

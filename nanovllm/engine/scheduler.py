@@ -89,8 +89,8 @@ class Scheduler:
         decoding, self._decoding = self._decoding, None
         if decoding is not None and seqs is decoding:
             for seq in decoding:
-                seq.num_cached_tokens += 1
-                seq.num_tokens += 1
+                seq.num_cached_tokens = num_tokens = seq.num_tokens
+                seq.num_tokens = num_tokens + 1
             decoding.num_steps += 1
             if decoding.num_steps < decoding.num_steps_to_end:
                 self._decoding = decoding
