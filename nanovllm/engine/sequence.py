@@ -188,14 +188,14 @@ class DecodingSequences(list[Sequence]):
     is found out about them once is kept here, and so no longer than they decode.
     """
 
-    def __init__(self, seqs: Iterable[Sequence]):
+    def __init__(self, seqs: list[Sequence]):
         """seqs: running, with a slot for the newest token and more tokens to come."""
         super().__init__(seqs)
         self.num_steps = 0  # that they have decoded together
         self.num_steps_to_end = min([seq.max_num_tokens - seq.num_tokens for seq in self], default=0)  # of the first
         self.full_at: defaultdict[int, list[Sequence]] = defaultdict(list)  # who needs a block, by `num_steps`
         self.foresee(self)
-        self.grown: list[Sequence] = self  # nobody else has blocks that the device has not been told of
+        self.grown = list(seqs)  # nobody else has blocks that the device has not been told of
 
     def foresee(self, seqs: Iterable[Sequence]) -> None:
         """Note when `seqs`, each with a slot for its newest token, will have none."""
