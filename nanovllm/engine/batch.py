@@ -103,32 +103,33 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def block_updates(seqs: list[Sequence]) -> list[tuple[int, int, int]]:
-    """The block table entries (row, index, block id) that the device has not been told of."""
-    updates = []
-    for seq in [seq for seq in seqs if seq.num_device_blocks < len(seq.block_table)]:
-        for i in range(seq.num_device_blocks, len(seq.block_table)):
-            updates.append((seq.row, i, seq.block_table[i]))
-        seq.num_device_blocks = len(seq.block_table)
-    return updates
+def block_updates(seqs: list[Sequence]) -> array:
+    """The block table entries that the device has not been told of: rows [U], indices [U], block ids [U]."""
+    rows, indices, block_ids = array("q"), array("q"), array("q")
+    for seq in seqs:
+        if seq.num_device_blocks < len(seq.block_table):
+            for i in range(seq.num_device_blocks, len(seq.block_table)):
+                rows.append(seq.row)
+                indices.append(i)
+                block_ids.append(seq.block_table[i])
+            seq.num_device_blocks = len(seq.block_table)
+    return rows + indices + block_ids
 
 
 def prepare_decode(seqs: list[Sequence]) -> StepInput:
     decoding = seqs if isinstance(seqs, DecodingSequences) else DecodingSequences(seqs)
-    data, updates = decoding.rows, block_updates(decoding.grown)
-    if updates:
-        data = data + array("q", [number for column in zip(*updates) for number in column])
+    updates = block_updates(decoding.grown)
     return StepInput(
         is_prefill=False,
         is_plain=decoding.is_plain,
         num_rows=len(seqs),
         num_tokens=len(seqs),
-        num_updates=len(updates),
+        num_updates=len(updates) // 3,
         num_decodes=len(seqs),
         num_logprob_runs=0,
         max_seqlen_q=1,
         max_context_len=decoding.longest.num_cached_tokens + 1,
-        data=np.frombuffer(data, dtype=np.int64),
+        data=np.frombuffer(decoding.rows + updates if updates else decoding.rows, dtype=np.int64),
     )
 
 
@@ -172,7 +173,7 @@ def prepare_prefill(seqs: list[Sequence]) -> StepInput:
         [seq.row for seq in seqs],
         context_lens,
         cu_seqlens,
-        np.array(updates, dtype=np.int64).T.ravel(),
+        updates,
         [seq.seed for seq in seqs],
         np.array([seq.sampling_params.temperature for seq in seqs], dtype=np.float64).view(np.int64),
         np.array(runs, dtype=np.int64).T.ravel(),
@@ -182,7 +183,7 @@ def prepare_prefill(seqs: list[Sequence]) -> StepInput:
         is_plain=all([seq.is_plain for seq in seqs]),
         num_rows=len(seqs),
         num_tokens=num_tokens,
-        num_updates=len(updates),
+        num_updates=len(updates) // 3,
         num_decodes=num_decodes,
         num_logprob_runs=len(runs),
         max_seqlen_q=max((seq.num_scheduled_tokens for seq in seqs[num_decodes:]), default=1),

@@ -108,8 +108,9 @@ class Scheduler:
 
     def postprocess(self, seqs: abc.Sequence[Sequence | None], token_ids: list[int]) -> list[Sequence]:
         """Take in the tokens of a step that `advance` counted; returns the sequences that they finished."""
-        if seqs is self._decoding and self._all_go_on(self._decoding, token_ids):
-            for running, token_id in zip(self._decoding, token_ids, strict=True):
+        decoding = self._decoding
+        if seqs is decoding and not self._tainted and decoding.ending_ids.isdisjoint(token_ids):
+            for running, token_id in zip(decoding, token_ids, strict=True):  # the same still run, and all go on
                 running.token_ids.append(token_id)
             return []
         finished = self._end_broken(seqs, token_ids) if min(token_ids, default=0) < 0 else []
@@ -135,10 +136,6 @@ class Scheduler:
                     self._tainted.remove(seq)
                     self.preempt(seq)
         return finished
-
-    def _all_go_on(self, decoding: DecodingSequences, token_ids: list[int]) -> bool:
-        """Whether all of those that decode are going to, after these tokens as before them."""
-        return not self._tainted and min(token_ids, default=0) >= 0 and decoding.stop_ids.isdisjoint(token_ids)
 
     def _end_broken(self, seqs: abc.Sequence[Sequence | None], token_ids: list[int]) -> list[Sequence]:
         """End the sequences whose logits had no finite maximum, or start them over if others may be to blame.

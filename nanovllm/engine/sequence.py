@@ -215,9 +215,9 @@ class DecodingSequences(list[Sequence]):
         return all([seq.is_plain for seq in self])
 
     @cached_property
-    def stop_ids(self) -> frozenset[int]:
-        """The ids that end any of them."""
-        return frozenset().union(*{seq.stop_ids for seq in self})
+    def ending_ids(self) -> frozenset[int]:
+        """The token ids of which each ends one of them, -1 among them: its logits have no maximum."""
+        return frozenset([-1]).union(*{seq.stop_ids for seq in self})
 
     @cached_property
     def watched(self) -> list[Sequence]:
