@@ -15,7 +15,7 @@ from simulator import Simulation, random_run, text
 
 from nanovllm.engine.block_manager import Block, BlockManager
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.sequence import DecodingSequences, Sequence, SequenceStatus
 
 NUM_PARTS, RUNS_PER_PART = 8, 280
 # What must have happened, in each part, for the runs to mean anything.
@@ -456,6 +456,54 @@ def admission_stays_blocked(patch):
 @defect
 def decoding_rows_out_of_date(patch):
     release_leaves(patch, "_decoding")
+
+
+@defect
+def full_block_foreseen_a_step_late(patch):
+    foresee = DecodingSequences.foresee
+
+    def late(self, seqs):
+        self.num_steps += 1
+        foresee(self, seqs)
+        self.num_steps -= 1
+
+    patch.setattr(DecodingSequences, "foresee", late)
+
+
+@defect
+def device_not_told_of_a_new_block(patch):
+    grow = Scheduler._grow
+
+    def silent(self):
+        has_grown = grow(self)
+        if self._decoding is not None:
+            self._decoding.grown = []
+        return has_grown
+
+    patch.setattr(Scheduler, "_grow", silent)
+
+
+@defect
+def end_of_a_length_foreseen_too_late(patch):
+    init = DecodingSequences.__init__
+
+    def late(self, seqs):
+        init(self, seqs)
+        self.num_steps_to_end += 1
+
+    patch.setattr(DecodingSequences, "__init__", late)
+
+
+@defect
+def ids_that_end_a_sequence_forgotten(patch):
+    patch.setattr(DecodingSequences, "ending_ids", frozenset([-1]))
+
+
+@defect
+def broken_row_goes_on(patch):
+    patch.setattr(
+        DecodingSequences, "ending_ids", property(lambda self: frozenset().union(*(s.stop_ids for s in self)))
+    )
 
 
 @defect

@@ -32,8 +32,9 @@ class TokenBuffers:
         self.idle: list[tuple[torch.Tensor, torch.cuda.Event]] = []
 
     def take(self) -> tuple[torch.Tensor, torch.cuda.Event]:
-        if self.idle:
-            return self.idle.pop()
+        return self.idle.pop() if self.idle else self.make()
+
+    def make(self) -> tuple[torch.Tensor, torch.cuda.Event]:
         with torch.inference_mode(False):  # or nobody could write into it outside of the mode
             return torch.empty(self.max_num_seqs, dtype=torch.int64, pin_memory=True), torch.cuda.Event()
 
