@@ -37,6 +37,7 @@ from scipy import stats
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.attention import BACKENDS, why_not
+from nanovllm.engine.step_output import TokenBuffers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -445,3 +446,14 @@ def test_any_thread_may_use_an_engine_on_any_gpu(model, backend):
             assert max_difference(logprobs, expected) < TOLERANCE
         assert second.model_runner.state.last_token.device.index == 1
         assert second.model_runner.graphs.graphs
+
+
+def test_a_buffer_made_in_inference_mode_serves_outside_of_it():
+    with torch.inference_mode():
+        buffer, event = TokenBuffers(4).make()
+    tokens = torch.arange(3, device=DEVICE)
+    copied = buffer[:3].copy_(tokens, non_blocking=True)
+    event.record()
+    event.synchronize()
+    assert copied.is_pinned()
+    assert copied.tolist() == [0, 1, 2]

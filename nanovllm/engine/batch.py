@@ -32,8 +32,10 @@ class RequestState:
         self.seeds = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
         self.block_tables = torch.full((num_rows + 1, max_blocks), padding_block, dtype=torch.int32, device=device)
 
-    def write_blocks(self, updates: np.ndarray | torch.Tensor) -> None:
-        """updates [3, U] int64: rows, indices in their tables, block ids; from the host or on the device already."""
+    def write_blocks(self, updates: np.ndarray | torch.Tensor | None) -> None:
+        """updates [3, U] int64: rows, indices in their tables, block ids; on the host, or on the device; None for none."""
+        if updates is None:
+            return
         if isinstance(updates, np.ndarray):
             if updates.shape[1] <= FEW_UPDATES:  # each id travels as the argument of a launch: nothing is copied
                 for row, index, block_id in updates.T.tolist():

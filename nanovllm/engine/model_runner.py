@@ -124,8 +124,7 @@ class ModelRunner:
                 return StepOutput(self.run_prefill(batch))
             return self.run_prefill_adjusted(step, batch, seqs)
         decode = self.last_decode = decode_batch(step, self.device, self.last_decode)
-        if decode.block_updates is not None:
-            self.state.write_blocks(decode.block_updates)
+        self.state.write_blocks(decode.block_updates)
         if not step.is_plain:
             return self.run_decode_adjusted(decode, seqs)
         if self.graphs is not None:
@@ -230,8 +229,7 @@ class ModelRunner:
 
         The rows' state is set up for what follows."""
         state, rows = self.state, batch.rows
-        if batch.block_updates is not None:
-            state.write_blocks(batch.block_updates)
+        state.write_blocks(batch.block_updates)
         state.temperatures[rows] = batch.temperatures
         state.seeds[rows] = batch.seeds
         state.num_cached_tokens[rows] = batch.context_lens
