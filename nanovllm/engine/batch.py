@@ -33,7 +33,7 @@ class RequestState:
         self.block_tables = torch.full((num_rows + 1, max_blocks), padding_block, dtype=torch.int32, device=device)
 
     def write_blocks(self, updates: np.ndarray | torch.Tensor | None) -> None:
-        """updates [3, U] int64: rows, indices in their tables, block ids; on the host, or on the device; None for none."""
+        """updates [3, U] int64: rows, indices in their tables, block ids; on the host or the device; None for none."""
         if updates is None:
             return
         if isinstance(updates, np.ndarray):
