@@ -7,6 +7,7 @@ product" has that of a row-parallel layer, [rows, width / 2] x [width / 2, width
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +19,7 @@ from benchmarks import machine
 from nanovllm.kernels import all_reduce
 from nanovllm.kernels.linear import linear
 from nanovllm.kernels.norm import add_rms_norm
-from nanovllm.utils.nccl import NcclCommunicator, make_unique_id
+from nanovllm.utils.nccl import PEER_MEMORY, NcclCommunicator, make_unique_id
 
 CALLS = 40  # in a graph
 EPS = 1e-6
@@ -84,6 +85,7 @@ def run_rank(rank: int, unique_id: bytes, args: argparse.Namespace) -> list[dict
     communicator = NcclCommunicator(unique_id, rank, 2)
     results = []
     for width in args.widths:
+        os.environ[PEER_MEMORY] = "1"
         communicator.share_memory(width, torch.bfloat16)
         if communicator.peers is None:
             raise SystemExit("these GPUs cannot read each other's memory")

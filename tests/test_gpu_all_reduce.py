@@ -16,7 +16,7 @@ import torch
 from helpers import HANGING_S
 
 from nanovllm.kernels import all_reduce
-from nanovllm.utils.nccl import NcclCommunicator, make_unique_id
+from nanovllm.utils.nccl import PEER_MEMORY, NcclCommunicator, make_unique_id
 from nanovllm.utils.peer_memory import MAX_PEER_BYTES, SLOTS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
@@ -42,6 +42,7 @@ def run_ranks(work: Callable[..., None], *args: Any, exit_codes: tuple[int, ...]
 
 def start(unique_id: bytes, rank: int, work: Callable[..., None], *args: Any) -> None:
     torch.cuda.set_device(rank)
+    os.environ[PEER_MEMORY] = "1"
     communicator = NcclCommunicator(unique_id, rank, 2)
     with torch.inference_mode():
         work(communicator, rank, *args)

@@ -14,6 +14,7 @@ from test_gpu import model as model  # the fixture
 from test_tensor_parallel import assert_gone, worker_pids
 
 from nanovllm import LLM, EngineDeadError, SamplingParams
+from nanovllm.utils.nccl import PEER_MEMORY
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 
@@ -28,11 +29,19 @@ def used_bytes() -> list[int]:
 
 def num_sums(llm: LLM) -> int:
     """How many sums over ranks have gone over peer memory."""
-    return int(llm.model_runner.tp.communicator.peers.epochs.max())
+    peers = llm.model_runner.tp.communicator.peers
+    return int(peers.epochs.max()) if peers is not None else 0
+
+
+@pytest.fixture(autouse=True, params=["NCCL", "peer memory"])
+def uses_peers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether sums of few rows go over peer memory."""
+    monkeypatch.setenv(PEER_MEMORY, str(int(request.param == "peer memory")))
+    return request.param == "peer memory"
 
 
 @pytest.mark.parametrize("enforce_eager", [False, True])
-def test_logprobs_equal_transformers(model: Model, enforce_eager: bool):
+def test_logprobs_equal_transformers(model: Model, enforce_eager: bool, uses_peers: bool):
     """Of the tokens that two ranks draw, and of the prompts, in chunks; and the plain path draws the same tokens."""
     prompts, _ = model.requests(LENGTHS, 0, seed=1)
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=0, prompt_logprobs=0)
@@ -45,8 +54,8 @@ def test_logprobs_equal_transformers(model: Model, enforce_eager: bool):
         same = [a["token_ids"] == b["token_ids"] for a, b in zip(outputs, llm.generate(prompts, plain, use_tqdm=False))]
         draws = [[o["token_ids"] for o in llm.generate(prompts, seeded, use_tqdm=False)] for _ in range(2)]
         pids = worker_pids(llm)
-        # Every decode step takes its sums over peer memory, and so do chunks of up to 300 tokens.
-        assert num_sums(llm) > 4 * 39 * (1 + 2 * model.reference.config.num_hidden_layers)
+        # Every decode step takes its sums so, and chunks of up to 300 tokens do.
+        assert (num_sums(llm) > 4 * 39 * (1 + 2 * model.reference.config.num_hidden_layers)) == uses_peers
     assert_gone(pids)
     assert sum(same) >= len(same) - 2  # a cached prefix may round a tie the other way
     assert sum(a == b for a, b in zip(*draws)) >= len(prompts) - 2
@@ -61,13 +70,15 @@ def test_logprobs_equal_transformers(model: Model, enforce_eager: bool):
 @pytest.mark.parametrize(
     ("sig", "enforce_eager"), [(signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGSTOP, False)]
 )
-def test_a_lost_rank_ends_the_engine_and_gives_its_memory_back(model: Model, sig: signal.Signals, enforce_eager: bool):
+def test_a_lost_rank_ends_the_engine_and_gives_its_memory_back(
+    model: Model, sig: signal.Signals, enforce_eager: bool, uses_peers: bool
+):
     options: dict[str, Any] = {"enforce_eager": enforce_eager, "worker_timeout_s": 2}
     params = SamplingParams(temperature=0, max_tokens=1500, ignore_eos=True)
     before = used_bytes()
     llm = model.llm(tensor_parallel_size=2, **options)
     pids, struck = worker_pids(llm), []
-    assert num_sums(llm) > 0  # what is lost below is waited for in there, if not in NCCL
+    assert (num_sums(llm) > 0) == uses_peers  # what is lost below is waited for in there, or in NCCL
 
     def strike() -> None:
         struck.append(time.monotonic())
