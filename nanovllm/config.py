@@ -137,7 +137,7 @@ def find_checkpoint(model: str | Path) -> Path:
         path = Path(snapshot_download(str(model), allow_patterns=files, ignore_patterns=others))
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"model {str(model)!r} has no config.json: pass a directory in Hugging Face format")
-    if not any(path.glob("*.safetensors")):
+    if not any(file.is_file() for file in path.glob("*.safetensors")):
         raise FileNotFoundError(
             f"model {str(model)!r} has no *.safetensors file; pickled weights (.bin, .pt) are never loaded: "
             "convert them with transformers' save_pretrained"
@@ -165,6 +165,7 @@ def load_hf_config(path: Path) -> Any:
     for name in SIZES:
         if getattr(hf_config, name, None) is not None:
             check_int(f"{name} in {path / 'config.json'}", getattr(hf_config, name), 1)
+    check_float(f"rms_norm_eps in {path / 'config.json'}", getattr(hf_config, "rms_norm_eps", 0.0), 0.0)
     return hf_config
 
 

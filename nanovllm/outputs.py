@@ -55,6 +55,11 @@ class RequestOutput:
     metrics: RequestMetrics
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
+    @property
+    def num_cached_tokens(self) -> int:
+        """Of the prompt's tokens those whose keys and values were found in the prefix cache."""
+        return self.metrics.num_cached_prompt_tokens
+
     def __getitem__(self, key: str) -> Any:
         if key in self.keys():
             return getattr(self.outputs[0], key)

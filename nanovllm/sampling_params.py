@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nanovllm.utils.validation import check_bool, check_float, check_int, strict_kwargs
@@ -173,6 +174,14 @@ class SamplingParams:
         if stop and not self.detokenize:
             raise ValueError(f"stop={self.stop!r} is found in the text, which detokenize=False leaves out")
         self.stop_strings = tuple(stop)
+
+    def clone(self) -> "SamplingParams":
+        """A copy whose lists and dicts are its own; callables and grammars are shared."""
+        clone = copy(self)
+        for own in fields(self):
+            if isinstance(value := getattr(self, own.name), (list, dict)):
+                setattr(clone, own.name, copy(value))
+        return clone
 
     @property
     def has_penalties(self) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import inspect
 import math
 import random
 import signal
@@ -111,6 +112,44 @@ def test_a_seed_gives_the_same_in_any_batch_and_after_a_restart(qwen3):
     for seed in (-(2**63), 2**63 - 1, 0):
         edge = dataclasses.replace(params, seed=seed)
         assert sampled(llm, edge) == sampled(llm, edge) != expected
+
+
+def test_samples_of_neighbouring_seeds_differ(qwen3):
+    """Sample 1 of seed 11 is not sample 0 of seed 12, which a sum of the two would make of it."""
+    params = SamplingParams(n=4, seed=11, max_tokens=12, ignore_eos=True)
+    found = [sampled(qwen3.llm(), dataclasses.replace(params, seed=seed)) for seed in (11, 12, 13)]
+    assert len({tuple(tokens) for tokens_of_seed in found for tokens in tokens_of_seed}) == 12
+
+
+def test_a_clone_shares_no_lists(qwen3):
+    params = SamplingParams(stop=["x"], stop_token_ids=[1], logit_bias={2: 1.0}, seed=3)
+    clone = params.clone()
+    assert clone == params
+    clone.stop.append("y")
+    clone.stop_token_ids.append(4)
+    clone.logit_bias[5] = 1.0
+    assert (params.stop, params.stop_token_ids, params.logit_bias) == (["x"], [1], {2: 1.0})
+
+
+def test_an_output_knows_how_much_of_its_prompt_was_cached(qwen3):
+    llm, prompt = qwen3.llm(), list(range(1, 41))
+    outputs = [llm.generate(prompt, greedy(1), use_tqdm=False)[0] for _ in range(2)]
+    assert [output.num_cached_tokens for output in outputs] == [0, 32]  # blocks of 16, and the last token is computed
+
+
+def test_a_callable_without_a_signature(qwen3):
+    """What takes Python does not know what, as of functions written in C, is given two arguments."""
+
+    class Opaque:
+        __signature__ = "none"
+
+        def __call__(self, output_ids, logits):
+            return logits
+
+    with pytest.raises(TypeError):
+        inspect.signature(Opaque())
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, logits_processors=[Opaque()])
+    assert_matches(qwen3, [[1, 2]], qwen3.llm().generate([1, 2], params, use_tqdm=False), 5)
 
 
 def test_without_a_seed_every_request_is_another(qwen3):

@@ -407,12 +407,21 @@ def test_another_activation(checkpoints, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("num_key_value_heads", 0), ("hidden_size", -48), ("vocab_size", 0), ("num_attention_heads", 0), ("head_dim", -2)],
-)
-def test_sizes_that_are_none(qwen3, tmp_path, name, value):
+    [("num_key_value_heads", 0), ("hidden_size", -48), ("vocab_size", 0), ("num_attention_heads", 0), ("head_dim", -2),
+     ("rms_norm_eps", float("nan")), ("rms_norm_eps", -1e-6)],
+)  # fmt: skip
+def test_numbers_that_are_none(qwen3, tmp_path, name, value):
     path = edited(qwen3.path, tmp_path / "x", **{name: value})
     with pytest.raises(ValueError, match=rf"{name}.*{value}"):
         LLM(path, **SMALL)
+
+
+def test_a_directory_with_the_name_of_weights(qwen3, tmp_path):
+    copy_checkpoint(qwen3.path, tmp_path / "x")
+    (tmp_path / "x" / "model.safetensors").unlink()
+    (tmp_path / "x" / "model.safetensors").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no \*\.safetensors"):
+        LLM(str(tmp_path / "x"), **SMALL)
 
 
 def test_quantized_weights(checkpoints, tmp_path):

@@ -88,7 +88,7 @@ def bind_processor(processor: Any, seq: Sequence) -> Any:
         if request.error is None:
             try:
                 arguments: list[Any] = [seq.completion_token_ids]
-                if len(inspect.signature(processor).parameters) == 3:
+                if num_parameters(processor) == 3:
                     arguments.insert(0, seq.prompt_token_ids)
                 result = processor(*arguments, logits)
                 if isinstance(result, torch.Tensor) and result.shape == logits.shape:
@@ -101,3 +101,11 @@ def bind_processor(processor: Any, seq: Sequence) -> Any:
         return torch.full_like(logits, float("-inf"))  # leaves nothing to draw, which ends the request
 
     return bound
+
+
+def num_parameters(function: Any) -> int:
+    """2 where Python cannot tell, as of functions written in C."""
+    try:
+        return len(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return 2

@@ -95,7 +95,7 @@ def checkpoint_files(path: Path) -> list[Path]:
         if missing:
             raise FileNotFoundError(f"{index} names shards that are not there: {shorten(missing)}")
         return files
-    return sorted(path.glob("*.safetensors"))
+    return sorted(file for file in path.glob("*.safetensors") if file.is_file())
 
 
 def check_dim(tensor: torch.Tensor, dim: int, size: int) -> None:
