@@ -43,6 +43,7 @@ def fill_rows(llm: LLM, num_rows: int, mean_len: int) -> torch.Tensor:
 def milliseconds(llm: LLM, lens: torch.Tensor, repeats: int) -> list[float]:
     """Of one step, each repeat: the lengths grow by a token a step."""
     runner = llm.model_runner
+    assert runner.graphs is not None
     rows = torch.arange(len(lens), device=lens.device)
     runner.graphs.clear()
     runner.state.num_cached_tokens[: len(lens)] = lens
