@@ -6,8 +6,6 @@ import functools
 import math
 from typing import Any
 
-import numpy as np
-
 
 def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
     """Return `value` if it is an integer (no bool, no float) in [low, high]; raise TypeError or ValueError if not."""
@@ -35,10 +33,10 @@ def check_float(name: str, value: Any, low: float, high: float = math.inf) -> fl
 
 
 def check_bool(name: str, value: Any) -> bool:
-    """Return `value` if it is True or False, also numpy's; raise TypeError if not."""
-    if not isinstance(value, (bool, np.bool_)):
+    """Return `value` if it is True or False; raise TypeError if not."""
+    if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
-    return bool(value)
+    return value
 
 
 def strict_kwargs(cls: type) -> type:
