@@ -49,14 +49,16 @@ SHARED_BYTES = 220 * 2**10
 def candidates(num_rows: int, outputs: int, depth: int, kind: str) -> list[Tiling]:
     """Worth a try: every multiprocessor has something to do, and shared memory holds it."""
     found = []
-    for block_m, num_splits, num_stages in itertools.product((16, 32, 64, 128), (1, 2, 4, 8), (3, 4, 5, 7)):
+    cuts = itertools.product((16, 32, 64, 128), (1, 2, 4, 8), (3, 4, 5, 7), (False, True))
+    for block_m, num_splits, num_stages, by_tma in cuts:
         programs = outputs // BLOCK_N * -(-num_rows // block_m) * num_splits
         stage_bytes = (BLOCK_N + block_m) * BLOCK_K * 2
         if (num_splits > 1 and (kind != "narrow" or programs > 272)) or depth % (BLOCK_K * num_splits):
             continue
         if not num_rows <= 2 * block_m <= 4 * max(num_rows, 16) or stage_bytes * num_stages > SHARED_BYTES:
             continue
-        found.append(Tiling(block_m, num_splits, num_stages))
+        if block_m >= (64 if by_tma else 0) and block_m <= (128 if by_tma else 64):
+            found.append(Tiling(block_m, num_splits, num_stages, by_tma))
     return found
 
 
@@ -159,7 +161,7 @@ def main() -> None:
         ]})  # fmt: skip
         read = 2e6 * outputs * depth / 3.0e12
         best = "  ".join(
-            f"{us:.2f} ({t.block_m} tokens, {t.num_splits} splits, {t.num_stages} stages)"
+            f"{us:.2f} ({t.block_m} tokens, {t.num_splits} splits, {t.num_stages} stages{', TMA' * t.by_tma})"
             for us, t in times[: args.show]
         )
         print(f"{model:5} {name:8} {rows:4} rows, read {read:6.2f}, cuBLAS {base:6.2f} | {best}", flush=True)

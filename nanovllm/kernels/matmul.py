@@ -5,8 +5,8 @@ which no kernel writes, while the kernel before it still runs; takes a gated act
 output is too narrow for one tile a multiprocessor, is split over its depth (split-K) into partial sums that the next
 RMSNorm adds up.
 
-Two kernels: for up to 32 rows the weight is the left operand, whose rows fill the matrix unit's 64 however few the
-tokens; beyond, the tokens are, and tiles of both travel by the tensor memory accelerator (TMA).
+Two kernels: for up to 32 rows, or 64 of a short depth, the weight is the left operand, whose rows fill the matrix
+unit's 64 however few the tokens; beyond, the tokens are, and tiles of both travel by the tensor memory accelerator (TMA).
 """
 
 from dataclasses import dataclass
@@ -24,24 +24,25 @@ from nanovllm.kernels.triton_utils import (
     num_multiprocessors,
     pdl_wait,
     prefetch_l2,
+    shared_memory_bytes,
     tl,
     use_triton,
 )
 
 BLOCK_N, BLOCK_K = 64, 128  # rows of the weight, and columns a step; the best of benchmarks/products.py in every shape
 PREFETCH_DEPTH = 1024  # columns of its weights that a program asks for before it waits
-FEW_ROWS = 32
 MAX_ROWS = 128  # beyond them cuBLAS does better, but for small weights that are split
 MAX_ROWS_SMALL, SMALL_BYTES = 256, 8 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How a product is cut into programs."""
+    """How a product is cut into programs, and by which kernel they run."""
 
     block_m: int  # tokens of a tile
     num_splits: int = 1  # parts of the depth
     num_stages: int = 4  # steps in flight
+    by_tma: bool = False  # False: `_few_rows_kernel`
 
 
 def choose_tiling(x: torch.Tensor, weight: torch.Tensor, gated: bool = False, can_split: bool = False) -> Tiling | None:
@@ -52,23 +53,25 @@ def choose_tiling(x: torch.Tensor, weight: torch.Tensor, gated: bool = False, ca
         return None
     if num_tokens > (64 if gated else MAX_ROWS_SMALL if can_split and weight.nbytes <= SMALL_BYTES else MAX_ROWS):
         return None
-    is_few = num_tokens <= FEW_ROWS
+    is_few = num_tokens <= (64 if depth <= 1024 else 32)
     block_m = max(next_power_of_2(num_tokens), 16) if is_few else 64 if num_tokens <= MAX_ROWS else 128
     num_tiles = num_outputs // BLOCK_N * -(-num_tokens // block_m)
     num_processors, num_splits = num_multiprocessors(x.device), 1
     # TMA keeps memory busy from half of the multiprocessors, and fewer partial sums are added faster.
-    max_programs = num_processors if block_m != 64 else num_processors * 3 // 4
-    while can_split and num_tiles * num_splits * 2 <= max_programs and depth % (num_splits * 2 * BLOCK_K) == 0:
+    max_programs = num_processors * 3 // 4 if block_m == 64 and not is_few else num_processors
+    while can_split and num_tiles * num_splits * 2 <= max_programs:
+        if depth % (num_splits * 2 * BLOCK_K) or depth < num_splits * 4 * BLOCK_K:  # a part has two steps at least
+            break
         num_splits *= 2
-    if is_few:
-        if num_tiles * num_splits * 2 < num_processors and depth > 2048:
-            return None  # too few programs read for too long
-        return Tiling(block_m, num_splits, 4)
-    if not has_tma():
-        return None
-    # What one program a multiprocessor can hold; two programs with half of it each did better in one shape alone.
-    num_stages = 4 if block_m == 128 else 3 if gated and depth <= 1024 else 7
-    return Tiling(block_m, num_splits, min(num_stages, depth // num_splits // BLOCK_K))
+    if is_few and num_tiles * num_splits * 2 < num_processors and depth > 2048:
+        return None  # too few programs read for too long
+    if not is_few and (not has_tma() or (num_tokens > 64 and num_tiles * num_splits > num_processors)):
+        return None  # a second round for a few of the tiles would take as long as the first
+    # By TMA as much as one program a multiprocessor can hold.
+    num_stages = 4 if is_few or block_m == 128 else 7
+    stage_bytes = (BLOCK_N + block_m) * BLOCK_K * x.element_size()
+    fitting = min((shared_memory_bytes(x.device) - 2048) // stage_bytes, depth // num_splits // BLOCK_K)
+    return Tiling(block_m, num_splits, min(num_stages, fitting), by_tma=not is_few) if fitting >= 2 else None
 
 
 def matmul(
@@ -94,7 +97,7 @@ def matmul(
         PREFETCH_DEPTH=PREFETCH_DEPTH, num_warps=4 if tiling.block_m <= 64 else 8, num_stages=tiling.num_stages,
         **launch_options(),
     )  # fmt: skip
-    if tiling.block_m <= FEW_ROWS:
+    if not tiling.by_tma:
         _few_rows_kernel[grid](x, weight, out, num_tokens, num_outputs, x.stride(0), **options)
     else:
         x_tiles = TensorDescriptor(x, [num_tokens, depth], [x.stride(0), 1], [tiling.block_m, BLOCK_K])

@@ -67,6 +67,15 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+@functools.cache
+def shared_memory_bytes(device: torch.device) -> int:
+    """That one program can have; an H100's where there is no GPU."""
+    if device.type != "cuda":
+        return 227 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 48 * 1024)
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
