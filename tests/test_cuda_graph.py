@@ -10,7 +10,7 @@ import torch
 from helpers import Checkpoint, greedy, many_prompts
 
 from nanovllm import SamplingParams
-from nanovllm.engine.cuda_graph import DecodeGraphs, batch_buckets
+from nanovllm.engine.cuda_graph import DecodeGraphs, batch_buckets, capture_stream
 
 
 class StandInStream:
@@ -115,3 +115,9 @@ def test_every_batch_size_has_a_bucket_close_above() -> None:
         for size in range(1, max_num_seqs + 1):
             bucket = next(bucket for bucket in buckets if bucket >= size)
             assert bucket - size < (8 if size <= 256 else 32)
+
+
+def test_engines_share_a_capture_stream(stand_ins: None) -> None:
+    """For every stream that cuBLAS has seen it keeps a workspace of 32 MiB, for the life of the process."""
+    streams = [capture_stream(torch.device("cuda", index)) for index in (6, 7, 6)]
+    assert streams[0] is streams[2] is not streams[1]

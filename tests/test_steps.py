@@ -130,3 +130,19 @@ def test_a_buffer_that_was_not_read_is_not_used_again():
     assert other.wait() == [5]
     assert [buffer.data_ptr() for buffer, _ in buffers.idle] == [other.buffer.data_ptr()]
     assert pending(None, 7, 8).wait() == [7, 8]
+
+
+def test_the_last_layer_goes_on_with_what_is_asked_for_alone(qwen3):
+    """Of a prompt that is its last token, or all of them for their log probabilities; layers before it compute all."""
+    llm, prompts = qwen3.llm(), [[1, 2, 3, 4, 5], [6, 7, 8]]
+    num_tokens: dict[int, list[int]] = {}
+    for i, layer in enumerate(llm.model_runner.model.model.layers):
+        seen = num_tokens[i] = []
+        layer.mlp.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[1].shape[0]))
+    last = max(num_tokens)
+    llm.generate(prompts, SamplingParams(temperature=0, max_tokens=2, ignore_eos=True), use_tqdm=False)
+    assert num_tokens[0] == [8, 2]
+    assert num_tokens[last] == [2, 2]
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    llm.generate(prompts, params, use_tqdm=False)
+    assert num_tokens[0][2:] == num_tokens[last][2:] == [8]

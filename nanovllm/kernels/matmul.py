@@ -6,7 +6,7 @@ output is too narrow for one tile a multiprocessor, is split over its depth (spl
 RMSNorm adds up.
 
 Two kernels: for up to 32 rows, or 64 of a short depth, the weight is the left operand, whose rows fill the matrix
-unit's 64 however few the tokens; beyond, the tokens are, and tiles of both travel by the tensor memory accelerator (TMA).
+unit's 64 however few the tokens; beyond, the tokens are, and tiles of both travel by TMA, the copy engine.
 """
 
 from dataclasses import dataclass
