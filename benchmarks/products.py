@@ -22,7 +22,8 @@ from nanovllm.kernels.activation import silu_and_mul
 from nanovllm.kernels.matmul import BLOCK_K, BLOCK_N, Tiling, matmul
 from nanovllm.kernels.norm import add_rms_norm
 
-# outputs, depth, kind: "wide" after a norm, "gated" with an activation, "narrow" before a norm.
+# outputs, depth, kind: "wide" after a norm, "gated" with an activation, "narrow" before a norm, "whole" before one that
+# takes no partial sums, as between ranks.
 SHAPES = {
     "0.6B": {
         "qkv": (4096, 1024, "wide"),

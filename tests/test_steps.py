@@ -146,3 +146,23 @@ def test_the_last_layer_goes_on_with_what_is_asked_for_alone(qwen3):
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     llm.generate(prompts, params, use_tqdm=False)
     assert num_tokens[0][2:] == num_tokens[last][2:] == [8]
+
+
+def test_the_last_layer_of_a_step_with_decodes_and_prompts(qwen3):
+    """The decode and the prompt's last token go on; all do where a prompt's log probabilities are asked for."""
+    llm, num_tokens = qwen3.llm(), []
+    last = llm.model_runner.model.model.layers[-1]
+    last.mlp.register_forward_pre_hook(lambda _, args: num_tokens.append(args[1].shape[0]))
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    asking = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, prompt_logprobs=0)
+    calls = [([5, 4, 3, 2, 1], params), ([6, 7, 8], params), ([9, 10, 11, 12], asking)]
+    alone = [llm.generate([prompt], own, use_tqdm=False)[0] for prompt, own in calls]
+    del num_tokens[:]
+    ids, tokens = [], {}
+    for prompt, own in calls:
+        ids.append(llm.add_request(prompt, own))
+        tokens |= llm.step()[0]
+    assert num_tokens == [1, 2, 6]
+    while not llm.is_finished():
+        tokens |= llm.step()[0]
+    assert [tokens[request_id] for request_id in ids] == [output["token_ids"] for output in alone]

@@ -99,9 +99,9 @@ class DecodeBatch:
     block_updates: np.ndarray | None  # [3, U] int64, see RequestState.write_blocks
 
 
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
     """Copy without waiting for the device: from pinned memory, which is not reused before the copy is done."""
-    tensor = torch.from_numpy(array)
+    tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 

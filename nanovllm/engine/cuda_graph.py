@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from nanovllm.engine.model_runner import ModelRunner
 
 
+CAPTURE_LOCK = threading.Lock()  # two engines may be in two threads
+
+
 def batch_buckets(max_num_seqs: int) -> list[int]:
     """Batch sizes worth a graph: padding stays below 8 rows up to 256 and below 32 beyond."""
     sizes = [1, 2, 4, *range(8, 256, 8), *range(256, max_num_seqs + 32, 32)]
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
-
-
-CAPTURE_LOCK = threading.Lock()  # two engines may be in two threads
 
 
 @cache
@@ -41,8 +41,8 @@ class DecodeGraphs:
     def replay(self, rows: torch.Tensor, sample: bool = True) -> tuple[torch.Tensor, ...]:
         """Run the decode step for permanent `rows` [B] int64; what it returns is valid until the next replay.
 
-        Returns the token ids [B] int64; without `sample`, which leaves the rows' state as it is, logits [B, vocab] and
-        the positions [B] int64 of the tokens that they follow.
+        Returns the token ids [B] int64; without `sample`, which leaves the rows' state as it is, what `forward_decode`
+        does.
         """
         batch_size = rows.shape[0]
         key = next(size for size in self.buckets if size >= batch_size), sample

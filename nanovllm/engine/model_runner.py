@@ -227,7 +227,8 @@ class ModelRunner:
     def forward_prefill(self, batch: PrefillBatch, all_tokens: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """-> logits [B, num_valid] and hidden states, of `all_tokens` [T, hidden], else of each row's last [B, hidden].
 
-        The rows' state is set up for what follows."""
+        The rows' state is set up for what follows.
+        """
         state, rows = self.state, batch.rows
         state.write_blocks(batch.block_updates)
         state.temperatures[rows] = batch.temperatures
@@ -252,7 +253,8 @@ class ModelRunner:
 
     def forward_decode(self, rows: torch.Tensor, max_context_len: int) -> tuple[torch.Tensor, ...]:
         """-> logits [B, num_valid], the positions [B] int64 of the tokens that they follow, and what to draw with:
-        temperatures [B] float32, seeds and positions [B] int64."""
+        temperatures [B] float32, seeds and positions [B] int64.
+        """
         state = self.state
         inputs = gather_rows(
             rows, state.last_token, state.num_cached_tokens, state.block_tables, state.temperatures, state.seeds,
@@ -290,11 +292,11 @@ class ModelRunner:
         self.state = RequestState(self.config.max_num_seqs, self.config.max_blocks, num_blocks, self.device)
 
     def warmup_model(self) -> int:
-        """Run the largest step, which compiles every kernel, and return the bytes that it needs beyond what stays."""
+        """Run the largest step, which compiles its kernels, and return the bytes that it needs beyond what stays."""
         return measure_reserve(self)
 
     def _choose_num_blocks(self) -> int:
-        # On CUDA also if the user has chosen: no kernel is compiled in the middle of work.
+        # On CUDA also if the user has chosen: only kernels for fewer rows are left to compile in the middle of work.
         reserve_bytes = self.warmup_model() if self.device.type == "cuda" else 0
         return choose_num_blocks(self.config, self.tp, reserve_bytes)
 
