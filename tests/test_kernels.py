@@ -312,6 +312,7 @@ def test_decode_shares_a_plan(device, dtype):
         ([40960, *[1] * 63], 8, 40960),
         ([0, 0, 0], 8, 4096),
         ([1024] * 300, 8, 4096),  # more sequences than the planner's tile
+        ([5, 300] * 520, 2, 300),  # more than are put in order
         (list(range(0, 4096, 13)), 1, 4096),
         ([127, 128, 129, 257], 2, 257),
     ],
@@ -326,7 +327,8 @@ def test_plan(device, dtype, context_lens, num_kv_heads, max_context_len):
     expected = 0
     target = max(4 * num_multiprocessors(lens.device) // num_kv_heads, len(lens))
     longest = max(sum(context_lens) / target, attention_decode.MIN_ITEM_LEN) + attention_decode.BLOCK
-    for seq in sorted(range(len(context_lens)), key=lambda seq: -context_lens[seq]):
+    is_sorted = len(context_lens) <= attention_common.MAX_SORTED
+    for seq in sorted(range(len(context_lens)), key=lambda seq: -context_lens[seq] if is_sorted else 0):
         length, num_items = context_lens[seq], items[expected][4]
         position = 0
         for item, (row, begin, end, first_item, count) in enumerate(items[expected : expected + num_items], expected):
@@ -458,6 +460,8 @@ def test_matmul(device, dtype, num_tokens, block_m, num_splits, gated, by_tma):
         target = torch.full_like(out, NAN)
         assert matmul.matmul(x, weight, tiling, gated, out=target) is target
         assert torch.equal(target, out)
+        assert matmul.matmul_torch(x, weight, tiling, gated, target.fill_(NAN)) is target
+        assert_close(target, out, dtype)
         return
     # The norm that follows adds them up.
     residual, norm_weight = (

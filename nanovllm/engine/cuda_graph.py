@@ -21,7 +21,11 @@ def batch_buckets(max_num_seqs: int) -> list[int]:
 
 @cache
 def capture_stream(device: torch.device) -> Any:
-    """One for all captures of a process: cuBLAS keeps a workspace for every stream that it has ever seen."""
+    """One for all captures of a process: cuBLAS keeps a workspace for every stream that it has ever seen.
+
+    The graphs of all engines share that workspace: they must be replayed on one stream, as they are unless a user runs
+    two engines at the same time under different `torch.cuda.stream(...)`.
+    """
     return torch.cuda.Stream(device)
 
 

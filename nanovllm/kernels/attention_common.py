@@ -20,6 +20,7 @@ LOG2_E = 1.4426950408889634
 BLOCK = 64  # tokens a program reads at a time; items are whole blocks
 # Four programs a multiprocessor keep memory busy while some begin and some end.
 PROGRAMS_PER_MULTIPROCESSOR = 4
+MAX_SORTED = 1024  # sequences
 ITEM_FIELDS = 8  # sequence or -1, first token, end, the sequence's first item, number of its items; 32 bytes
 
 
@@ -66,7 +67,7 @@ def count_items(
 def plan_kernel(
     context_lens_ptr, items_ptr, arrivals_ptr, batch_size, max_items, target_items,
     NUM_KV_HEADS: tl.constexpr, BLOCK: tl.constexpr, MIN_ITEM_LEN: tl.constexpr, ITEM_FIELDS: tl.constexpr,
-    TILE: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+    TILE: tl.constexpr, CHUNK: tl.constexpr, MAX_SORTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Writes the items of all contexts, and counts of 0; one program for all, TILE sequences at a time, each of them
     compared with CHUNK others at a time."""
@@ -79,7 +80,8 @@ def plan_kernel(
     longest = tl.maximum(tl.cdiv(tl.sum(total, axis=0), target_items), MIN_ITEM_LEN)
 
     # In the order of their lengths, longest first: what is cut comes early, so that merging it holds nobody up at the
-    # end, and the shortest come last, so that all multiprocessors end together.
+    # end, and the shortest come last, so that all multiprocessors end together. Everybody is compared with everybody;
+    # among very many, where that would take long, no order is needed.
     end_item = 0
     for first_seq in range(0, batch_size, TILE):
         seqs = first_seq + lanes
@@ -88,7 +90,9 @@ def plan_kernel(
         num_items, item_len = cut(lens, longest, BLOCK)
         num_items = tl.where(live, num_items, 0)
         first_item = tl.zeros([TILE], tl.int32)
-        for first_other in range(0, batch_size, CHUNK):
+        if batch_size > MAX_SORTED:
+            first_item = end_item + tl.cumsum(num_items, axis=0) - num_items
+        for first_other in range(0, tl.where(batch_size > MAX_SORTED, 0, batch_size), CHUNK):
             others = first_other + tl.arange(0, CHUNK)
             other_lens = tl.load(context_lens_ptr + others, mask=others < batch_size, other=0)
             other_items, _ = cut(other_lens, longest, BLOCK)

@@ -14,6 +14,7 @@ from nanovllm.kernels.attention_common import (
     BLOCK,
     ITEM_FIELDS,
     LOG2_E,
+    MAX_SORTED,
     check_layout,
     count_items,
     load_pages,
@@ -103,7 +104,7 @@ def plan_decode(
     plan_kernel[(1,)](
         context_lens, plan.items, plan.arrivals, batch_size, max_items, target_items,
         NUM_KV_HEADS=num_kv_heads, BLOCK=BLOCK, MIN_ITEM_LEN=MIN_ITEM_LEN, ITEM_FIELDS=ITEM_FIELDS, TILE=256,
-        CHUNK=32, num_warps=8, **launch_options(),
+        CHUNK=32, MAX_SORTED=MAX_SORTED, num_warps=8, **launch_options(),
     )  # fmt: skip
     return plan
 
@@ -226,7 +227,7 @@ def prefetch_item(
     ROW: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Have the first keys and values of an item travel to L2, where it is no harm that the newest are being written."""
-    # .cg: this multiprocessor's L1 may hold what the step before left in these places.
+    # .cg, here and below: this multiprocessor's L1 may hold what the step before left in these places.
     seq = tl.load(item_ptr, cache_modifier=".cg").to(tl.int64)
     begin = tl.load(item_ptr + 1, cache_modifier=".cg")
     end = tl.load(item_ptr + 2, cache_modifier=".cg")
@@ -236,10 +237,10 @@ def prefetch_item(
         lines = tl.arange(0, max(D // LINE, 1)) * LINE
         table_ptr = block_tables_ptr + seq * table_stride
         for i in tl.static_range(NUM_BLOCKS):
-            token = begin + i * BLOCK
+            tokens = begin + i * BLOCK + offsets
             # Of tokens beyond the end page 0 is asked for, which is there.
-            pages = load_pages(table_ptr, token, end, offsets, PAGE, BLOCK)
-            kv_offsets = page_offsets(pages, token, offsets, ROW, PAGE, BLOCK)[:, None] + kv_head * D + lines[None, :]
+            pages = tl.load(table_ptr + tokens // PAGE, mask=tokens < end, other=0, cache_modifier=".cg").to(tl.int64)
+            kv_offsets = ((pages * PAGE + tokens % PAGE) * ROW)[:, None] + kv_head * D + lines[None, :]
             prefetch_l2(k_cache_ptr + kv_offsets)
             prefetch_l2(v_cache_ptr + kv_offsets)
 

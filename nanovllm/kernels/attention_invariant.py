@@ -16,6 +16,7 @@ from nanovllm.kernels.attention_common import (
     BLOCK,
     ITEM_FIELDS,
     LOG2_E,
+    MAX_SORTED,
     check_layout,
     count_items,
     load_pages,
@@ -117,7 +118,7 @@ def plan_invariant(
         plan_kernel[(1,)](
             context_lens, items, arrivals, num_decodes, max_items, target_items,
             NUM_KV_HEADS=num_kv_heads, BLOCK=SPLIT, MIN_ITEM_LEN=SPLIT, ITEM_FIELDS=ITEM_FIELDS, TILE=256,
-            CHUNK=32, num_warps=8, **launch_options(),
+            CHUNK=32, MAX_SORTED=MAX_SORTED, num_warps=8, **launch_options(),
         )  # fmt: skip
     if num_decodes < len(context_lens):
         queries = queries_per_tile(num_heads, num_kv_heads)[1]

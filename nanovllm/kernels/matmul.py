@@ -107,12 +107,13 @@ def matmul(
     return out
 
 
-def matmul_torch(x, weight, tiling, gated=False):
+def matmul_torch(x, weight, tiling, gated=False, out=None):
     if tiling.num_splits > 1:
         parts = zip(x.float().chunk(tiling.num_splits, 1), weight.float().chunk(tiling.num_splits, 1))
         return torch.stack([F.linear(a, b) for a, b in parts])
-    out = F.linear(x, weight)
-    return silu_and_mul_torch(out) if gated else out
+    product = F.linear(x, weight)
+    product = silu_and_mul_torch(product) if gated else product
+    return product if out is None else out.copy_(product)
 
 
 @jit(do_not_specialize=("M",))
