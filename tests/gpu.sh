@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# All tests that need a GPU, those that may share one at the same time; logs and a summary in the given folder.
+#   tests/gpu.sh [LOGS]        needs pytest-xdist and some 70 GB of GPU memory; the last part needs two GPUs
+set -uo pipefail
+cd "$(dirname "$0")/.."
+logs=$(realpath -m "${1:-/tmp/gpu-tests}")
+mkdir -p "$logs"
+
+run() { # NAME, arguments of pytest
+  python3 -m pytest -m gpu -p no:cacheprovider --durations=10 "${@:2}" > "$logs/$1.log" 2>&1
+  echo "== $1, $((SECONDS - start)) s: $(grep -E 'passed|failed|error|skipped' "$logs/$1.log" | tail -n 1)"
+  grep -E '^(FAILED|ERROR)' "$logs/$1.log"
+}
+
+start=$SECONDS
+run kernels tests/test_kernels.py -n 5 &
+run engine tests/test_gpu.py -n 3 --dist load -k "not sized" &
+run deterministic tests/test_gpu_deterministic.py -n 3 --dist load &
+wait
+# These measure the memory that is in use, or use it up.
+run memory tests/test_gpu.py tests/test_gpu_faults.py -k "sized or test_gpu_faults"
+run ranks tests/test_gpu_tensor_parallel.py tests/test_gpu_all_reduce.py tests/test_tensor_parallel_requests.py
+! grep -qE '^(FAILED|ERROR)' "$logs"/*.log
