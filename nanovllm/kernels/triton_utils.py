@@ -69,11 +69,10 @@ def num_multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def shared_memory_bytes(device: torch.device) -> int:
-    """That one program can have; an H100's where there is no GPU."""
+    """That one program can have, as Triton checks it; an H100's where there is no GPU."""
     if device.type != "cuda":
         return 227 * 1024
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 48 * 1024)
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
 
 
 def next_power_of_2(n: int) -> int:
