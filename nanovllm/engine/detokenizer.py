@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
+from tokenizers.decoders import ByteLevel, DecodeStream
 
 from nanovllm.sampling_params import SamplingParams
 
@@ -90,7 +90,8 @@ class Detokenizer:
 def full_text(tokenizer: Any, token_ids: list[int], params: SamplingParams) -> str:
     """The text of a completion that nobody followed; the same that a stream adds up to."""
     text = decode(tokenizer, token_ids, params)
-    if "\ufffd" in text:  # only after a broken character can the two differ
+    # Only after a broken character can the two differ, and not where a text is all tokens' bytes, one after another.
+    if "\ufffd" in text and not isinstance(tokenizer._tokenizer.decoder, ByteLevel):
         detokenizer = Detokenizer(tokenizer, params)
         detokenizer.follow(token_ids, 0)
         detokenizer.finish(token_ids)
