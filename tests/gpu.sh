@@ -14,11 +14,26 @@ run() { # NAME, arguments of pytest
 }
 
 start=$SECONDS
-run kernels tests/test_kernels.py -n 5 &
-run engine tests/test_gpu.py -n 3 --dist load -k "not sized" &
-run deterministic tests/test_gpu_deterministic.py -n 3 --dist load &
-wait
+last=$(($(nvidia-smi -L | wc -l) - 1)) # the second GPU, if there is one
+engine() {
+  run engine tests/test_gpu.py -n 3 --dist load -k "not sized" &
+  run deterministic tests/test_gpu_deterministic.py -n 3 --dist load &
+  wait
+}
 # These measure the memory that is in use, or use it up.
-run memory tests/test_gpu.py tests/test_gpu_faults.py -k "sized or test_gpu_faults"
-run ranks tests/test_gpu_tensor_parallel.py tests/test_gpu_all_reduce.py tests/test_tensor_parallel_requests.py
+memory() {
+  CUDA_VISIBLE_DEVICES=$last run memory tests/test_gpu.py tests/test_gpu_faults.py -k "sized or test_gpu_faults"
+  CUDA_VISIBLE_DEVICES=$last run kernels tests/test_kernels.py -n 5
+}
+if [ "$last" -ge 1 ]; then
+  CUDA_VISIBLE_DEVICES=0 engine &
+  memory &
+  wait
+else
+  engine
+  memory
+fi
+run ranks tests/test_gpu_tensor_parallel.py tests/test_gpu_all_reduce.py tests/test_tensor_parallel_requests.py \
+  -n 3 --dist load -k "not lost"
+run lost tests/test_gpu_tensor_parallel.py tests/test_gpu_all_reduce.py -k "lost"
 ! ls "$logs"/failed.* 2> /dev/null

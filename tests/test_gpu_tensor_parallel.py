@@ -33,15 +33,17 @@ def num_sums(llm: LLM) -> int:
     return int(peers.epochs.max()) if peers is not None else 0
 
 
-@pytest.fixture(autouse=True, params=["NCCL", "peer memory"])
+@pytest.fixture
 def uses_peers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether sums of few rows go over peer memory."""
-    monkeypatch.setenv(PEER_MEMORY, str(int(request.param == "peer memory")))
-    return request.param == "peer memory"
+    """Whether sums of few rows go over peer memory, or all through NCCL."""
+    monkeypatch.setenv(PEER_MEMORY, str(int(request.param)))
+    return request.param
 
 
-@pytest.mark.parametrize("enforce_eager", [False, True])
-def test_logprobs_equal_transformers(model: Model, enforce_eager: bool, uses_peers: bool):
+@pytest.mark.parametrize(
+    ("uses_peers", "enforce_eager"), [(False, False), (True, False), (True, True)], indirect=["uses_peers"]
+)
+def test_logprobs_equal_transformers(model: Model, uses_peers: bool, enforce_eager: bool):
     """Of the tokens that two ranks draw, and of the prompts, in chunks; and the plain path draws the same tokens."""
     prompts, _ = model.requests(LENGTHS, 0, seed=1)
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=0, prompt_logprobs=0)
@@ -68,10 +70,18 @@ def test_logprobs_equal_transformers(model: Model, enforce_eager: bool, uses_pee
 
 
 @pytest.mark.parametrize(
-    ("sig", "enforce_eager"), [(signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGSTOP, False)]
+    ("uses_peers", "sig", "enforce_eager"),
+    [
+        (False, signal.SIGKILL, False),
+        (False, signal.SIGSTOP, False),
+        (True, signal.SIGKILL, False),
+        (True, signal.SIGKILL, True),
+        (True, signal.SIGSTOP, False),
+    ],
+    indirect=["uses_peers"],
 )
 def test_a_lost_rank_ends_the_engine_and_gives_its_memory_back(
-    model: Model, sig: signal.Signals, enforce_eager: bool, uses_peers: bool
+    model: Model, uses_peers: bool, sig: signal.Signals, enforce_eager: bool
 ):
     options: dict[str, Any] = {"enforce_eager": enforce_eager, "worker_timeout_s": 2}
     params = SamplingParams(temperature=0, max_tokens=1500, ignore_eos=True)

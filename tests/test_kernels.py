@@ -327,19 +327,24 @@ def test_plan(device, dtype, context_lens, num_kv_heads, max_context_len):
     expected = 0
     target = max(4 * num_multiprocessors(lens.device) // num_kv_heads, len(lens))
     longest = max(sum(context_lens) / target, attention_decode.MIN_ITEM_LEN) + attention_decode.BLOCK
-    is_sorted = len(context_lens) <= attention_common.MAX_SORTED
-    for seq in sorted(range(len(context_lens)), key=lambda seq: -context_lens[seq] if is_sorted else 0):
-        length, num_items = context_lens[seq], items[expected][4]
+    order, item_lens = [], []
+    while expected < used:
+        seq, num_items = items[expected][0], items[expected][4]
+        order.append(seq)
+        item_lens.append(max(-(-items[expected][2] // attention_decode.BLOCK), 1))  # in blocks
         position = 0
         for item, (row, begin, end, first_item, count) in enumerate(items[expected : expected + num_items], expected):
             assert (row, begin, first_item, count) == (seq, position, expected, num_items)
             assert begin % attention_decode.BLOCK == 0
             assert end - begin <= longest
-            assert end > begin or length == 0
+            assert end > begin or context_lens[seq] == 0
             assert item < used
             position = end
-        assert position == length
+        assert position == context_lens[seq]
         expected += num_items
+    assert sorted(order) == list(range(len(context_lens)))
+    is_sorted = len(context_lens) <= attention_common.MAX_SORTED
+    assert item_lens == sorted(item_lens, reverse=True) if is_sorted else order == sorted(order)
     assert expected == used
     assert not plan.arrivals.any()
 

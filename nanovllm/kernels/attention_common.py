@@ -79,9 +79,8 @@ def plan_kernel(
         total += tl.load(context_lens_ptr + seqs, mask=seqs < batch_size, other=0)
     longest = tl.maximum(tl.cdiv(tl.sum(total, axis=0), target_items), MIN_ITEM_LEN)
 
-    # In the order of their lengths, longest first: what is cut comes early, so that merging it holds nobody up at the
-    # end, and the shortest come last, so that all multiprocessors end together. Everybody is compared with everybody;
-    # among very many, where that would take long, no order is needed.
+    # In the order of their items' lengths, longest first: the shortest come last, so that all multiprocessors end
+    # together. Everybody is compared with everybody; among very many, where that would take long, no order is needed.
     end_item = 0
     for first_seq in range(0, batch_size, TILE):
         seqs = first_seq + lanes
@@ -95,9 +94,9 @@ def plan_kernel(
         for first_other in range(0, tl.where(batch_size > MAX_SORTED, 0, batch_size), CHUNK):
             others = first_other + tl.arange(0, CHUNK)
             other_lens = tl.load(context_lens_ptr + others, mask=others < batch_size, other=0)
-            other_items, _ = cut(other_lens, longest, BLOCK)
-            is_before = (other_lens[None, :] > lens[:, None]) | (
-                (other_lens[None, :] == lens[:, None]) & (others[None, :] < seqs[:, None])
+            other_items, other_item_len = cut(other_lens, longest, BLOCK)
+            is_before = (other_item_len[None, :] > item_len[:, None]) | (
+                (other_item_len[None, :] == item_len[:, None]) & (others[None, :] < seqs[:, None])
             )
             is_before &= (others < batch_size)[None, :]
             first_item += tl.sum(tl.where(is_before, other_items[None, :], 0), axis=1)
