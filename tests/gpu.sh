@@ -16,8 +16,8 @@ run() { # NAME, arguments of pytest
 start=$SECONDS
 last=$(($(nvidia-smi -L | wc -l) - 1)) # the second GPU, if there is one
 engine() {
-  run engine tests/test_gpu.py -n 3 --dist load -k "not sized" &
-  run deterministic tests/test_gpu_deterministic.py -n 3 --dist load &
+  run engine tests/test_gpu.py -n 2 --dist load -k "not sized" &
+  run deterministic tests/test_gpu_deterministic.py -n 2 --dist load &
   wait
 }
 # These measure the memory that is in use, or use it up.
