@@ -61,9 +61,10 @@ def install(patch: Callable[[Any, str, Any], None] = setattr) -> None:
 def start_workers_with_it(patch: Callable[[Any, str, Any], None]) -> None:
     popen = subprocess.Popen
 
-    def start(command: list[str], **kwargs: Any) -> subprocess.Popen:
-        assert command[1:3] == ["-m", "nanovllm.engine.worker"]
-        return popen([sys.executable, __file__, *command[3:]], **kwargs)
+    def start(command: list[str], *args: Any, **kwargs: Any) -> subprocess.Popen:
+        if command[1:3] == ["-m", "nanovllm.engine.worker"]:  # else it is a compiler of Triton's
+            command = [sys.executable, __file__, *command[3:]]
+        return popen(command, *args, **kwargs)
 
     patch(subprocess, "Popen", start)
 

@@ -105,7 +105,7 @@ def test_a_lost_rank_ends_the_engine_and_gives_its_memory_back(
     after = used_bytes()
     assert after[1] <= before[1] + 2**26
     assert after[0] <= before[0] + 2**29  # NCCL keeps buffers for the process's life
-    if sig == signal.SIGSTOP:
-        return
+    if sig == signal.SIGSTOP or enforce_eager:
+        return  # a new engine is the same after all of them, and takes its time
     with model.llm(tensor_parallel_size=2, **options) as new:
         assert len(new.generate([[1, 2, 3]], SamplingParams(max_tokens=5, ignore_eos=True))[0]["token_ids"]) == 5
