@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All tests that need a GPU, those that may share one at the same time; logs and a summary in the given folder.
-#   tests/gpu.sh [LOGS]        needs pytest-xdist and some 70 GB of GPU memory; the last part needs two GPUs
+#   tests/gpu.sh [LOGS]        needs pytest-xdist and some 70 GB of GPU memory; the last two parts need two GPUs
 set -uo pipefail
 cd "$(dirname "$0")/.."
 logs=$(realpath -m "${1:-/tmp/gpu-tests}")
@@ -16,22 +16,21 @@ run() { # NAME, arguments of pytest
 start=$SECONDS
 last=$(($(nvidia-smi -L | wc -l) - 1)) # the second GPU, if there is one
 engine() {
-  run engine tests/test_gpu.py -n 2 --dist load -k "not sized" &
-  run deterministic tests/test_gpu_deterministic.py -n 2 --dist load &
-  wait
+  run engine tests/test_gpu.py -n 3 --dist load -k "not sized"
 }
-# These measure the memory that is in use, or use it up.
-memory() {
-  CUDA_VISIBLE_DEVICES=$last run memory tests/test_gpu.py tests/test_gpu_faults.py -k "sized or test_gpu_faults"
-  CUDA_VISIBLE_DEVICES=$last run kernels tests/test_kernels.py -n 5
+others() {
+  # These measure the memory that is in use, or use it up.
+  run memory tests/test_gpu.py tests/test_gpu_faults.py -k "sized or test_gpu_faults"
+  run kernels tests/test_kernels.py -n 5
+  run deterministic tests/test_gpu_deterministic.py -n 3 --dist load
 }
 if [ "$last" -ge 1 ]; then
   CUDA_VISIBLE_DEVICES=0 engine &
-  memory &
+  CUDA_VISIBLE_DEVICES=$last others &
   wait
 else
   engine
-  memory
+  others
 fi
 run ranks tests/test_gpu_tensor_parallel.py tests/test_gpu_all_reduce.py tests/test_tensor_parallel_requests.py \
   -n 3 --dist load -k "not lost"
