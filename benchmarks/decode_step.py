@@ -16,7 +16,8 @@ import torch
 from benchmarks import machine
 from nanovllm import LLM
 
-CASES = [(1, 300), (8, 600), (16, 900), (32, 900), (64, 900), (96, 900), (128, 900), (192, 900), (256, 900)]
+LARGE = [(rows, 900) for rows in (16, 32, 64, 80, 96, 128, 160, 192, 256)]
+CASES = [(1, 300), (8, 600), *LARGE]
 REPLAYS = 6  # between two events
 
 

@@ -58,15 +58,18 @@ def install(patch: Callable[[Any, str, Any], None] = setattr) -> None:
         patch(ModelRunner, name, breaking(getattr(ModelRunner, name)))
 
 
-def start_workers_with_it(patch: Callable[[Any, str, Any], None]) -> None:
-    popen = subprocess.Popen
+def start_workers_with_it(patch: Callable[[Any, str, Any], None]) -> list[subprocess.Popen]:
+    """The list that every worker is added to when it starts."""
+    popen, workers = subprocess.Popen, []
 
     def start(command: list[str], *args: Any, **kwargs: Any) -> subprocess.Popen:
-        if command[1:3] == ["-m", "nanovllm.engine.worker"]:  # else it is a compiler of Triton's
-            command = [sys.executable, __file__, *command[3:]]
-        return popen(command, *args, **kwargs)
+        if command[1:3] != ["-m", "nanovllm.engine.worker"]:  # a compiler that Triton starts
+            return popen(command, *args, **kwargs)
+        workers.append(popen([sys.executable, __file__, *command[3:]], *args, **kwargs))
+        return workers[-1]
 
     patch(subprocess, "Popen", start)
+    return workers
 
 
 if __name__ == "__main__":

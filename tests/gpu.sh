@@ -19,7 +19,7 @@ engine() {
   run engine tests/test_gpu.py -n 3 --dist load -k "not sized"
 }
 others() {
-  # These measure the memory that is in use, or use it up.
+  # Alone on its GPU: these measure the memory that is in use, or use it up.
   run memory tests/test_gpu.py tests/test_gpu_faults.py -k "sized or test_gpu_faults"
   run kernels tests/test_kernels.py -n 5
   run deterministic tests/test_gpu_deterministic.py -n 3 --dist load

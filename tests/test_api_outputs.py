@@ -25,7 +25,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
 
 from nanovllm import LLM, CompletionOutput, Logprob, RequestOutput, SamplingParams
-from nanovllm.engine.detokenizer import Detokenizer, decode
+from nanovllm.engine.detokenizer import Detokenizer, decode, full_text
 from nanovllm.utils.demo import demo_model_path
 
 TOLERANCE = 1e-4
@@ -180,6 +180,24 @@ def test_deltas_add_up_to_the_text_of_generate(llm, fields):
     assert found == expected
     assert any("\ufffd" in text for text in expected)
     assert_idle(llm)
+
+
+def test_a_text_in_one_go_is_what_a_stream_adds_up_to():
+    """Pieces of characters in any order, and an id beyond the tokenizer's vocabulary."""
+    tokenizer, params, rng, num_broken = make_tokenizer(), SamplingParams(), random.Random(5), 0
+    pieces = [*tokenizer.encode("aé漢🙂\ufffd"), 0, 127, 128, 200, 255, EOS, EOS + 1]
+    for _ in range(1000):
+        ids = rng.choices(pieces, k=rng.randrange(1, 30))
+        detokenizer = Detokenizer(tokenizer, params)
+        text = ""
+        for end in range(len(ids)):
+            detokenizer.follow(ids[: end + 1], 0)
+            text += detokenizer.take()
+        detokenizer.finish(ids)
+        text += detokenizer.take()
+        assert full_text(tokenizer, ids, params) == text
+        num_broken += "\ufffd" in text
+    assert num_broken > 500
 
 
 def force(tokens: list[int]):

@@ -343,8 +343,10 @@ def test_plan(device, dtype, context_lens, num_kv_heads, max_context_len):
         assert position == context_lens[seq]
         expected += num_items
     assert sorted(order) == list(range(len(context_lens)))
-    is_sorted = len(context_lens) <= attention_common.MAX_SORTED
-    assert item_lens == sorted(item_lens, reverse=True) if is_sorted else order == sorted(order)
+    if len(context_lens) <= attention_common.MAX_SORTED:
+        assert item_lens == sorted(item_lens, reverse=True)
+    else:
+        assert order == sorted(order)
     assert expected == used
     assert not plan.arrivals.any()
 

@@ -81,7 +81,7 @@ def test_logits_that_break_on_one_rank_or_on_both(checkpoints, monkeypatch, devi
     """NaN or infinity in a rank's share of the vocabulary, or no finite maximum in either."""
     checkpoint = checkpoints("qwen3")
     broken_rank.install(monkeypatch.setattr)
-    broken_rank.start_workers_with_it(monkeypatch.setattr)
+    workers = broken_rank.start_workers_with_it(monkeypatch.setattr)
     prompts = [random_prompt(random.Random(seed), PROMPT_LEN) for seed in BREAKS]
     healthy = many_prompts(12, seed=2)
     sampled = healthy[6:]
@@ -92,6 +92,7 @@ def test_logits_that_break_on_one_rank_or_on_both(checkpoints, monkeypatch, devi
         expected = [output["token_ids"] for output in llm.generate(sampled, others[6:], use_tqdm=False)]
     with make(checkpoint, device) as llm:
         pids = worker_pids(llm)
+        assert [worker.pid for worker in workers] == pids
         half = list(range(llm.model_runner.model.lm_head.shard_size))
         limited = SamplingParams(temperature=0, max_tokens=25, ignore_eos=True, allowed_token_ids=half)
         (of_one_rank,) = llm.generate(prompts[-1:], limited, use_tqdm=False)

@@ -21,7 +21,7 @@ from nanovllm.utils.peer_memory import PeerMemory, PeerSum, open_peer_memory
 DTYPES = {torch.int32: 2, torch.int64: 4, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}  # ncclDataType_t
 SUM = 0  # ncclRedOp_t
 LOCK_TIMEOUT_S = 1.0
-# "1": decode steps add up over peer memory. Not the default before it has proven itself on GPUs as it has on CPUs.
+# "1": decode steps add up over peer memory. Not the default before the loss of a rank has been tried on GPUs.
 PEER_MEMORY = "NANOVLLM_PEER_MEMORY"
 
 
