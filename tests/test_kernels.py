@@ -315,36 +315,39 @@ def test_decode_shares_a_plan(device, dtype):
         ([5, 300] * 520, 2, 300),  # more than are put in order
         (list(range(0, 4096, 13)), 1, 4096),
         ([127, 128, 129, 257], 2, 257),
+        # As many items as there can be: each context is longer than all that are shorter together.
+        ([4**i for i in range(12)], 8, 4**11),
+        ([int(1.2**i) for i in range(64)], 8, 10**6),
     ],
 )
 def test_plan(device, dtype, context_lens, num_kv_heads, max_context_len):
-    """Items cover every context once, the longest first, in whole blocks, and none is much longer than the mean."""
+    """Items cover every context once, the longest first, in whole blocks; none is longer than a share of the rest."""
     lens = torch.tensor(context_lens, dtype=torch.int32, device=device)
     plan = attention_decode.plan_decode(lens, num_kv_heads, num_kv_heads, 16, max_context_len)
     items = plan.items[:, :5].tolist()
     used = next((i for i, item in enumerate(items) if item[0] < 0), len(items))
     assert all(item[0] == -1 for item in items[used:])
-    expected = 0
-    target = max(4 * num_multiprocessors(lens.device) // num_kv_heads, len(lens))
-    longest = max(sum(context_lens) / target, attention_decode.MIN_ITEM_LEN) + attention_decode.BLOCK
-    order, item_lens = [], []
+    num_shares = attention_common.PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(lens.device) / num_kv_heads
+    shortest = max(sum(context_lens) / (attention_common.PARTS * len(lens)), attention_decode.MIN_ITEM_LEN)
+    expected, left, order = 0, sum(context_lens), []
     while expected < used:
         seq, num_items = items[expected][0], items[expected][4]
-        order.append(seq)
-        item_lens.append(max(-(-items[expected][2] // attention_decode.BLOCK), 1))  # in blocks
+        longest = max(left / num_shares, shortest)
         position = 0
         for item, (row, begin, end, first_item, count) in enumerate(items[expected : expected + num_items], expected):
             assert (row, begin, first_item, count) == (seq, position, expected, num_items)
             assert begin % attention_decode.BLOCK == 0
-            assert end - begin <= longest
+            assert end - begin <= longest + attention_decode.BLOCK
             assert end > begin or context_lens[seq] == 0
             assert item < used
             position = end
         assert position == context_lens[seq]
+        order.append(seq)
+        left -= context_lens[seq]
         expected += num_items
     assert sorted(order) == list(range(len(context_lens)))
     if len(context_lens) <= attention_common.MAX_SORTED:
-        assert item_lens == sorted(item_lens, reverse=True)
+        assert order == sorted(order, key=lambda seq: -context_lens[seq])  # a stable sort
     else:
         assert order == sorted(order)
     assert expected == used

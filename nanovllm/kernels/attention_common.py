@@ -12,16 +12,18 @@ The arguments of all of them, for B sequences with T queries (of decodes, T = B)
     out: [T, num_heads, head_dim], contiguous; None for a new one.
 """
 
+import math
+
 import torch
 
-from nanovllm.kernels.triton_utils import jit, next_power_of_2, num_multiprocessors, pdl_wait, tl
+from nanovllm.kernels.triton_utils import jit, launch_options, next_power_of_2, num_multiprocessors, pdl_wait, tl
 
 LOG2_E = 1.4426950408889634
 BLOCK = 64  # tokens a program reads at a time; items are whole blocks
-# Four programs a multiprocessor keep memory busy while some begin and some end.
-PROGRAMS_PER_MULTIPROCESSOR = 4
+PROGRAMS_PER_MULTIPROCESSOR = 2  # to divide what is left to read among; three run at once, and some end early
+PARTS = 32  # of a context of mean length; no item is shorter
 MAX_SORTED = 1024  # sequences
-ITEM_FIELDS = 8  # sequence or -1, first token, end, the sequence's first item, number of its items; 32 bytes
+ITEM_FIELDS = 8  # sequence or -1, first token, end, the sequence's first item, number of its items, scratch; 32 bytes
 
 
 def check_layout(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
@@ -53,63 +55,86 @@ def page_offsets(pages, token, offsets, ROW: tl.constexpr, PAGE: tl.constexpr, B
 def count_items(
     batch_size: int, num_kv_heads: int, max_context_len: int, min_item_len: int, device: torch.device
 ) -> tuple[int, int]:
-    """How many items to cut batch_size contexts into, none beyond max_context_len; and how many there are at most."""
-    # A large batch fills the chip without cutting; there, cutting what is longer than the mean keeps one long context
-    # from outlasting the rest.
-    num_programs = PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(device)
-    target_items = max(-(-num_programs // num_kv_heads), batch_size)
-    # Up to one a sequence beyond the target, since lengths do not divide evenly.
-    max_items = min(target_items + batch_size, batch_size * max(-(-max_context_len // min_item_len), 1))
-    return target_items, max_items
+    """Among how many programs of a kv head what is left to read is divided, and how many items there can be of
+    batch_size contexts, none beyond max_context_len."""
+    num_shares = -(-PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(device) // num_kv_heads)
+    # One a sequence, since lengths do not divide evenly, and whole ones: with w tokens left those have w / num_shares,
+    # so that num_shares * log(ratio) of them bring what is left down to where all are the shortest, num_shares at most.
+    ratio = max(PARTS * batch_size / num_shares, 1)
+    max_items = batch_size + math.ceil(num_shares * (1 + math.log(ratio)))
+    return num_shares, min(max_items, batch_size * max(-(-max_context_len // min_item_len), 1))
 
 
-@jit(do_not_specialize=("context_lens_ptr", "batch_size", "max_items", "target_items"))
-def plan_kernel(
-    context_lens_ptr, items_ptr, arrivals_ptr, batch_size, max_items, target_items,
-    NUM_KV_HEADS: tl.constexpr, BLOCK: tl.constexpr, MIN_ITEM_LEN: tl.constexpr, ITEM_FIELDS: tl.constexpr,
-    TILE: tl.constexpr, CHUNK: tl.constexpr, MAX_SORTED: tl.constexpr, PDL: tl.constexpr,
+def write_plan(
+    context_lens: torch.Tensor, items: torch.Tensor, arrivals: torch.Tensor, num_shares: int, min_item_len: int,
+    block: int,
+) -> None:  # fmt: skip
+    """Fill items [max_items, ITEM_FIELDS] for context_lens [B], in blocks of `block` tokens, and arrivals [B,
+    num_kv_heads] with zeros."""
+    _plan_kernel[(1,)](
+        context_lens, items, arrivals, len(context_lens), len(items), num_shares,
+        NUM_KV_HEADS=arrivals.shape[1], BLOCK=block, MIN_ITEM_LEN=min_item_len, PARTS=PARTS, ITEM_FIELDS=ITEM_FIELDS,
+        TILE=256, CHUNK=32, MAX_SORTED=MAX_SORTED, num_warps=8, **launch_options(),
+    )  # fmt: skip
+
+
+@jit(do_not_specialize=("context_lens_ptr", "batch_size", "max_items", "num_shares"))
+def _plan_kernel(
+    context_lens_ptr, items_ptr, arrivals_ptr, batch_size, max_items, num_shares,
+    NUM_KV_HEADS: tl.constexpr, BLOCK: tl.constexpr, MIN_ITEM_LEN: tl.constexpr, PARTS: tl.constexpr,
+    ITEM_FIELDS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, MAX_SORTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Writes the items of all contexts, and counts of 0; one program for all, TILE sequences at a time, each of them
-    compared with CHUNK others at a time."""
+    """Writes the items of all contexts, and counts of 0; one program for all, TILE sequences at a time.
+
+    Guided self-scheduling (Polychronopoulos and Kuck, 1987): the longest context comes first, and no item is longer
+    than what is then left to read, divided by num_shares. Most contexts stay whole, and the last items are short, so
+    that all multiprocessors end together.
+    """
     pdl_wait(PDL)
     lanes = tl.arange(0, TILE)
     total = tl.zeros([TILE], tl.int32)
-    for first_seq in range(0, batch_size, TILE):
-        seqs = first_seq + lanes
-        total += tl.load(context_lens_ptr + seqs, mask=seqs < batch_size, other=0)
-    longest = tl.maximum(tl.cdiv(tl.sum(total, axis=0), target_items), MIN_ITEM_LEN)
-
-    # In the order of their items' lengths, longest first: the shortest come last, so that all multiprocessors end
-    # together. Everybody is compared with everybody; among very many, where that would take long, no order is needed.
-    end_item = 0
+    # Everybody is compared with everybody; very many, of which that would take long, stay in their order.
+    num_compared = tl.where(batch_size > MAX_SORTED, 0, batch_size)
     for first_seq in range(0, batch_size, TILE):
         seqs = first_seq + lanes
         live = seqs < batch_size
         lens = tl.load(context_lens_ptr + seqs, mask=live, other=0)
-        num_items, item_len = cut(lens, longest, BLOCK)
-        num_items = tl.where(live, num_items, 0)
-        first_item = tl.zeros([TILE], tl.int32)
-        if batch_size > MAX_SORTED:
-            first_item = end_item + tl.cumsum(num_items, axis=0) - num_items
-        for first_other in range(0, tl.where(batch_size > MAX_SORTED, 0, batch_size), CHUNK):
+        total += lens
+        place = tl.where(num_compared > 0, 0, seqs)
+        for first_other in range(0, num_compared, CHUNK):
             others = first_other + tl.arange(0, CHUNK)
-            other_lens = tl.load(context_lens_ptr + others, mask=others < batch_size, other=0)
-            other_items, other_item_len = cut(other_lens, longest, BLOCK)
-            is_before = (other_item_len[None, :] > item_len[:, None]) | (
-                (other_item_len[None, :] == item_len[:, None]) & (others[None, :] < seqs[:, None])
+            other_lens = tl.load(context_lens_ptr + others, mask=others < batch_size, other=-1)
+            is_before = (other_lens[None, :] > lens[:, None]) | (
+                (other_lens[None, :] == lens[:, None]) & (others[None, :] < seqs[:, None])
             )
-            is_before &= (others < batch_size)[None, :]
-            first_item += tl.sum(tl.where(is_before, other_items[None, :], 0), axis=1)
+            place += tl.sum(is_before.to(tl.int32), axis=1)
+        # In fields that items do not use.
+        tl.store(items_ptr + place * ITEM_FIELDS + 6, seqs, mask=live)
+        tl.store(items_ptr + place * ITEM_FIELDS + 7, lens, mask=live)
+        for head in tl.static_range(NUM_KV_HEADS):
+            tl.store(arrivals_ptr + seqs * NUM_KV_HEADS + head, tl.zeros([TILE], tl.int32), mask=live)
+    tl.debug_barrier()
+    left = tl.sum(total, axis=0)
+    shortest = tl.maximum(tl.cdiv(left, tl.maximum(PARTS * batch_size, num_shares)), MIN_ITEM_LEN)
+    end_item = 0
+    for first_place in range(0, batch_size, TILE):
+        places = first_place + lanes
+        live = places < batch_size
+        seqs = tl.load(items_ptr + places * ITEM_FIELDS + 6, mask=live, other=0)
+        lens = tl.load(items_ptr + places * ITEM_FIELDS + 7, mask=live, other=0)
+        left_here = left - tl.cumsum(lens, axis=0) + lens
+        num_items, item_len = cut(lens, tl.maximum(tl.cdiv(left_here, num_shares), shortest), BLOCK)
+        num_items = tl.where(live, num_items, 0)
+        first_item = end_item + tl.cumsum(num_items, axis=0) - num_items
         for i in range(tl.max(num_items, axis=0)):
-            mask = (i < num_items) & (first_item + i < max_items)
+            mask = i < num_items
             item_ptrs = items_ptr + (first_item + i) * ITEM_FIELDS
             tl.store(item_ptrs, seqs, mask=mask)
             tl.store(item_ptrs + 1, i * item_len, mask=mask)
             tl.store(item_ptrs + 2, tl.minimum((i + 1) * item_len, lens), mask=mask)
             tl.store(item_ptrs + 3, first_item, mask=mask)
             tl.store(item_ptrs + 4, num_items, mask=mask)
-        for head in range(NUM_KV_HEADS):
-            tl.store(arrivals_ptr + seqs * NUM_KV_HEADS + head, tl.zeros([TILE], tl.int32), mask=live)
+        left -= tl.sum(lens, axis=0)
         end_item += tl.sum(num_items, axis=0)
     for item in range(end_item, max_items, TILE):
         tl.store(

@@ -1,7 +1,7 @@
 """Paged attention for one query token a sequence (split-KV, "flash-decoding"). Called by attention/triton.py.
 
-The contexts of a step are cut, on the device, into items of about equal length: as many as fill the chip however the
-lengths are spread, none much longer than the rest. A program attends one item for the query heads of one kv head. The
+The contexts of a step are cut, on the device, into items: few while there is much to read, and shorter and shorter ones
+towards the end, so that all programs end together. A program attends one item for the query heads of one kv head. The
 last of a sequence's programs to finish merges what the others left, so that no second kernel has to wait for all.
 The grid grows with the batch, not with the longest context a CUDA graph must allow for.
 """
@@ -14,12 +14,11 @@ from nanovllm.kernels.attention_common import (
     BLOCK,
     ITEM_FIELDS,
     LOG2_E,
-    MAX_SORTED,
     check_layout,
     count_items,
     load_pages,
     page_offsets,
-    plan_kernel,
+    write_plan,
 )
 from nanovllm.kernels.triton_utils import (
     jit,
@@ -94,18 +93,14 @@ def plan_decode(
 ) -> DecodePlan:
     """Cut contexts of lengths context_lens [B] int32, none beyond max_context_len; on CUDA only."""
     device, batch_size = context_lens.device, len(context_lens)
-    target_items, max_items = count_items(batch_size, num_kv_heads, max_context_len, MIN_ITEM_LEN, device)
+    num_shares, max_items = count_items(batch_size, num_kv_heads, max_context_len, MIN_ITEM_LEN, device)
     plan = DecodePlan(
         torch.empty(max_items, ITEM_FIELDS, dtype=torch.int32, device=device),
         torch.empty(max_items, num_heads, head_dim, dtype=torch.float32, device=device),
         torch.empty(max_items, num_heads, dtype=torch.float32, device=device),
         torch.empty(batch_size, num_kv_heads, dtype=torch.int32, device=device),
     )
-    plan_kernel[(1,)](
-        context_lens, plan.items, plan.arrivals, batch_size, max_items, target_items,
-        NUM_KV_HEADS=num_kv_heads, BLOCK=BLOCK, MIN_ITEM_LEN=MIN_ITEM_LEN, ITEM_FIELDS=ITEM_FIELDS, TILE=256,
-        CHUNK=32, MAX_SORTED=MAX_SORTED, num_warps=8, **launch_options(),
-    )  # fmt: skip
+    write_plan(context_lens, plan.items, plan.arrivals, num_shares, MIN_ITEM_LEN, BLOCK)
     return plan
 
 

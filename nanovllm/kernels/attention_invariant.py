@@ -16,12 +16,11 @@ from nanovllm.kernels.attention_common import (
     BLOCK,
     ITEM_FIELDS,
     LOG2_E,
-    MAX_SORTED,
     check_layout,
     count_items,
     load_pages,
     page_offsets,
-    plan_kernel,
+    write_plan,
 )
 from nanovllm.kernels.triton_utils import jit, launch_options, next_power_of_2, pdl_wait, tl, use_triton
 
@@ -111,15 +110,11 @@ def plan_invariant(
         cu_seqlens_q = torch.arange(num_decodes + 1, dtype=torch.int32, device=device)
     max_splits = max(-(-max_context_len // SPLIT), 1)
     # As `plan_decode`, but of whole splits.
-    target_items, max_items = count_items(num_decodes, num_kv_heads, max_context_len, SPLIT, device)
+    num_shares, max_items = count_items(num_decodes, num_kv_heads, max_context_len, SPLIT, device)
     items = torch.zeros(max_items, ITEM_FIELDS, dtype=torch.int32, device=device)
     arrivals = torch.empty(num_decodes, num_kv_heads, dtype=torch.int32, device=device)
     if num_decodes:
-        plan_kernel[(1,)](
-            context_lens, items, arrivals, num_decodes, max_items, target_items,
-            NUM_KV_HEADS=num_kv_heads, BLOCK=SPLIT, MIN_ITEM_LEN=SPLIT, ITEM_FIELDS=ITEM_FIELDS, TILE=256,
-            CHUNK=32, MAX_SORTED=MAX_SORTED, num_warps=8, **launch_options(),
-        )  # fmt: skip
+        write_plan(context_lens[:num_decodes], items, arrivals, num_shares, SPLIT, SPLIT)
     if num_decodes < len(context_lens):
         queries = queries_per_tile(num_heads, num_kv_heads)[1]
         items = torch.cat((items, prefill_items(cu_seqlens_q, context_lens, num_decodes, num_tokens, queries)))

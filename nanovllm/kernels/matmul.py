@@ -5,8 +5,8 @@ which no kernel writes, while the kernel before it still runs; takes a gated act
 output is too narrow for one tile a multiprocessor, is split over its depth (split-K) into partial sums that the next
 RMSNorm adds up.
 
-Two kernels: for up to 32 rows, or 64 of a short depth, the weight is the left operand, whose rows fill the matrix
-unit's 64 however few the tokens; beyond, the tokens are, and tiles of both travel by TMA, the copy engine.
+Two kernels: for up to 32 rows the weight is the left operand, whose rows fill the matrix unit's 64 however few the
+tokens; beyond, the tokens are, 64 a tile, and tiles of both travel by TMA, the copy engine.
 """
 
 from dataclasses import dataclass
@@ -53,24 +53,23 @@ def choose_tiling(x: torch.Tensor, weight: torch.Tensor, gated: bool = False, ca
         return None
     if num_tokens > (64 if gated else MAX_ROWS_SMALL if can_split and weight.nbytes <= SMALL_BYTES else MAX_ROWS):
         return None
-    is_few = num_tokens <= (64 if depth <= 1024 else 32)
-    block_m = max(next_power_of_2(num_tokens), 16) if is_few else 64 if num_tokens <= MAX_ROWS else 128
+    is_few = num_tokens <= (64 if gated and depth <= 1024 else 32)
+    block_m = max(next_power_of_2(num_tokens), 16) if is_few else 64
     num_tiles = num_outputs // BLOCK_N * -(-num_tokens // block_m)
-    num_processors, num_splits = num_multiprocessors(x.device), 1
-    # TMA keeps memory busy from half of the multiprocessors, and fewer partial sums are added faster.
-    max_programs = num_processors * 3 // 4 if block_m == 64 and not is_few else num_processors
-    while can_split and num_tiles * num_splits * 2 <= max_programs:
-        if depth % (num_splits * 2 * BLOCK_K) or depth < num_splits * 4 * BLOCK_K:  # a part has two steps at least
+    num_processors, num_splits, min_steps = num_multiprocessors(x.device), 1, 2 if is_few else 4
+    while can_split and num_tiles * num_splits * 2 <= num_processors:
+        num_steps, rest = divmod(depth, num_splits * 2 * BLOCK_K)
+        if rest or num_steps < min_steps:
             break
         num_splits *= 2
     if is_few and num_tiles * num_splits * 2 < num_processors and depth > 2048:
         return None  # too few programs read for too long
     if not is_few and (not has_tma() or (num_tokens > 64 and num_tiles * num_splits > num_processors)):
         return None  # a second round for a few of the tiles would take as long as the first
-    # By TMA as much as one program a multiprocessor can hold.
-    num_stages = 4 if is_few or block_m == 128 else 7
+    num_steps = depth // num_splits // BLOCK_K
+    num_stages = 4 if is_few or num_steps <= 8 else 5 if num_steps <= 16 or num_tokens <= 64 else 7
     stage_bytes = (BLOCK_N + block_m) * BLOCK_K * x.element_size()
-    fitting = min((shared_memory_bytes(x.device) - 2048) // stage_bytes, depth // num_splits // BLOCK_K)
+    fitting = min((shared_memory_bytes(x.device) - 2048) // stage_bytes, num_steps)
     return Tiling(block_m, num_splits, min(num_stages, fitting), by_tma=not is_few) if fitting >= 2 else None
 
 
@@ -162,7 +161,9 @@ def _more_rows_kernel(
         row_ptrs = weight_ptr + tile_rows(tile, N, BLOCK_N, GATED)[:, None].to(tl.int64) * K + part * DEPTH
         prefetch_rows(row_ptrs, min(DEPTH, PREFETCH_DEPTH), BLOCK_K)
     pdl_wait(PDL)
-    first_token = tl.program_id(0) * BLOCK_M
+    # The last tile ends with the last token and shares some with the one before it, since TMA is slow to fill a tile
+    # with zeros beyond the end: with one token in the second tile a product took 1.6 times as long as with 64.
+    first_token = tl.minimum(tl.program_id(0) * BLOCK_M, tl.maximum(M - BLOCK_M, 0))
     tokens = first_token + tl.arange(0, BLOCK_M)
     acc = tl.zeros((BLOCK_M, ROWS), tl.float32)
     acc_up = tl.zeros((BLOCK_M, ROWS), tl.float32)
