@@ -86,8 +86,9 @@ def test_host_profile(run):
     assert 0 < parts["schedule"] + parts["prepare"] + parts["postprocess"] <= parts["step"]
 
 
-def test_profile_writes_a_trace(run, tmp_path):
-    _, printed = run("--profile", str(tmp_path / "trace.json"), "--output-len", "40", "--num-seqs", "2")
+@pytest.mark.parametrize("output_len", [40, 3])  # more steps than are profiled; fewer
+def test_profile_writes_a_trace(run, tmp_path, output_len):
+    _, printed = run("--profile", str(tmp_path / "trace.json"), "--output-len", str(output_len), "--num-seqs", "2")
     assert "aten::mm" in printed
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 

@@ -458,6 +458,7 @@ def test_norm_gemv(device, dtype, outputs, depth, has_residual, gated):
         (2, 16, 1, False, False), (5, 16, 2, False, False), (16, 16, 1, True, False), (17, 32, 4, False, False),
         (32, 32, 1, True, False), (64, 64, 1, True, False), (63, 64, 2, False, False), (33, 64, 1, False, True),
         (64, 64, 1, True, True), (65, 64, 2, False, True), (128, 64, 4, False, True), (129, 128, 2, False, True),
+        (130, 64, 1, False, True), (190, 64, 2, False, True), (129, 64, 1, True, True),
     ],
 )  # fmt: skip
 def test_matmul(device, dtype, num_tokens, block_m, num_splits, gated, by_tma):
@@ -482,6 +483,20 @@ def test_matmul(device, dtype, num_tokens, block_m, num_splits, gated, by_tma):
     expected_out, expected_total = norm.add_rms_norm_torch(out, residual, norm_weight, 1e-6)
     assert_close(normed, expected_out, dtype)
     assert_close(total, expected_total, dtype)
+
+
+@on_gpu
+@pytest.mark.parametrize(("num_tokens", "by_lt"), [(64, False), (65, True), (191, True), (192, False), (257, False)])
+def test_deep_products_by_cublaslt(device, dtype, num_tokens, by_lt):
+    x = torch.randn(num_tokens, 1024, device=device).to(dtype)
+    weight = (torch.randn(72, 1024, device=device) / 32).to(dtype)  # 72: no kernel of ours takes it
+    linear.no_bias.cache_clear()
+    out = linear.linear(x, weight)
+    assert_close(out, x @ weight.T, dtype)
+    assert linear.no_bias.cache_info().currsize == by_lt
+    target = torch.full_like(out, NAN)
+    assert linear.linear(x, weight, out=target) is target
+    assert_close(target, out, dtype)
 
 
 @pytest.mark.parametrize(("outputs", "depth"), [(4096, 1024), (1024, 3072), (24576, 4096), (4096, 12288), (1152, 896)])
