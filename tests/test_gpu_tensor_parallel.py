@@ -40,6 +40,13 @@ def uses_peers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return request.param == "peer memory"
 
 
+@pytest.fixture(scope="module")
+def seasoned(model: Model) -> None:
+    """The process has had an engine of two ranks: kernels are loaded, and NCCL has what it keeps for a process's life."""
+    with model.llm(tensor_parallel_size=2) as llm:
+        llm.generate([[1, 2, 3]] * 30, SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)
+
+
 @pytest.mark.parametrize("enforce_eager", [False, True])
 def test_logprobs_equal_transformers(model: Model, enforce_eager: bool, uses_peers: bool):
     """Of the tokens that two ranks draw, and of the prompts, in chunks; and the plain path draws the same tokens."""
@@ -71,7 +78,7 @@ def test_logprobs_equal_transformers(model: Model, enforce_eager: bool, uses_pee
     ("sig", "enforce_eager"), [(signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGSTOP, False)]
 )
 def test_a_lost_rank_ends_the_engine_and_gives_its_memory_back(
-    model: Model, sig: signal.Signals, enforce_eager: bool, uses_peers: bool
+    model: Model, seasoned: None, sig: signal.Signals, enforce_eager: bool, uses_peers: bool, record_property: Any
 ):
     options: dict[str, Any] = {"enforce_eager": enforce_eager, "worker_timeout_s": 2}
     params = SamplingParams(temperature=0, max_tokens=1500, ignore_eos=True)
@@ -92,9 +99,10 @@ def test_a_lost_rank_ends_the_engine_and_gives_its_memory_back(
         llm.generate([[1]], use_tqdm=False)
     llm.close()
     assert_gone(pids)
-    after = used_bytes()
-    assert after[1] <= before[1] + 2**26
-    assert after[0] <= before[0] + 2**29  # NCCL keeps buffers for the process's life
+    left = [a - b for a, b in zip(used_bytes(), before)]
+    record_property("bytes left", left)
+    assert left[1] <= 2**26
+    assert left[0] <= 2**29  # an aborted communicator's buffers stay
     if sig == signal.SIGSTOP:
         return
     with model.llm(tensor_parallel_size=2, **options) as new:
