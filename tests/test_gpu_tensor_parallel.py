@@ -42,7 +42,7 @@ def uses_peers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture(scope="module")
 def seasoned(model: Model) -> None:
-    """The process has had an engine of two ranks: kernels are loaded, and NCCL has what it keeps for a process's life."""
+    """The process has had an engine of two ranks: kernels are loaded, and NCCL has what it keeps until the end."""
     with model.llm(tensor_parallel_size=2) as llm:
         llm.generate([[1, 2, 3]] * 30, SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)
 
