@@ -33,6 +33,6 @@ else
   others
 fi
 run ranks tests/test_gpu_tensor_parallel.py tests/test_gpu_all_reduce.py tests/test_tensor_parallel_requests.py \
-  -n 3 --dist load -k "not lost"
+  -n 4 --dist load -k "not lost"
 run lost tests/test_gpu_tensor_parallel.py tests/test_gpu_all_reduce.py -k "lost"
 ! ls "$logs"/failed.* 2> /dev/null
