@@ -634,9 +634,12 @@ class Scenario:
         return [output["token_ids"] for output in outputs]
 
     def problem(self, others: list[int], at_once: bool = True) -> str | None:
-        """What is wrong after an interrupted `generate`; `at_once`: the pool is in order before the next step."""
+        """What is wrong after an interrupted `generate`; `at_once`: all is in order before anybody has the engine."""
         llm = self.llm
         try:
+            if not at_once:
+                with llm._exclusive():
+                    pass
             if set(llm._requests) - set(others):
                 return "a request of the interrupted call is still there"
             if at_once:
@@ -810,31 +813,33 @@ def test_ctrl_c_where_a_stream_of_others_is_told(qwen3):
     assert_idle(llm)
 
 
+@pytest.mark.parametrize("cleanup", ["_recover", "_drop"])
 @pytest.mark.parametrize("depth", [0, 1])
-def test_ctrl_c_once_more_during_the_recovery(qwen3, depth):
+def test_ctrl_c_once_more_during_the_recovery(qwen3, depth, cleanup):
     """An impatient user: the second one comes at each line of the clean-up of the first."""
     scenario = Scenario(qwen3, depth)
     problems: dict[str, str] = {}
     first, interrupt = True, InterruptAtLine()
 
-    def traced(recover: Any) -> Any:
-        def wrapped() -> None:
+    def traced(clean_up: Any) -> Any:
+        def wrapped(*args: Any) -> None:
             nonlocal first
             first, was_first = False, first
             if not was_first:
-                recover()
+                clean_up(*args)
                 return
             with interrupt:
-                recover()
+                clean_up(*args)
 
         return wrapped
 
-    for n in range(1 + depth, 1000, 2):
+    begin = 1 if cleanup == "_recover" else 2  # before `_drop` has marked the requests nothing can protect them
+    for n in range(begin + depth, 1000, 2):
         others = scenario.start()
         first, interrupt = True, InterruptAtLine(n)
         with (
             replaced(scenario.llm.model_runner, "call", failing(3, KeyboardInterrupt())),
-            replaced(scenario.llm, "_recover", traced),
+            replaced(scenario.llm, cleanup, traced),
             pytest.raises(KeyboardInterrupt),
         ):
             scenario.generate()

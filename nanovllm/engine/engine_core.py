@@ -65,6 +65,7 @@ class EngineCore:
         self._step_call = Call()  # of the requests that `add_request` queued and `step` reports
         self._death: EngineDeadError | None = None
         self._interrupted = False  # whoever changed the state above did not get to the end
+        self._dropped: deque[Request] = deque()  # nobody waits for them any more; the next recovery takes them out
         self._lock = FairLock()
         self._aborts: deque[int] = deque()  # asked for in the middle of a step
         logger.info(
@@ -122,9 +123,10 @@ class EngineCore:
         with self._lock.held(), torch.cuda.device(self._cuda_index):
             self._check_alive()
             try:
-                if self._interrupted:
+                was_interrupted, self._interrupted = self._interrupted or bool(self._dropped), True
+                if was_interrupted:
                     self._recover()
-                self._interrupted = True
+                    self._interrupted = True
                 yield
                 self._interrupted = False
             except EngineDeadError as error:
@@ -225,6 +227,9 @@ class EngineCore:
             seqs, _, step, _ = self._in_flight.popleft()
             with diagnosed(self.config, seqs):
                 step.wait()
+        while self._dropped:
+            self._requests.pop(self._dropped[0].request_id, None)
+            self._dropped.popleft()
         survivors = []
         for request in list(self._requests.values()):
             for seq in request.seqs:
@@ -258,15 +263,15 @@ class EngineCore:
 
     def _drop(self, requests: list[Request]) -> None:
         """Take a failed or abandoned call's requests out, whatever state they are in."""
+        self._dropped += requests  # if Ctrl-C comes from here on, whoever has the engine next takes them out
         if self._is_in_step():  # a user's callable read on in a stream: the step ends it when it is over
-            self._aborts += [request.request_id for request in requests]
+            for request in requests:
+                self._aborts.append(request.request_id)
+                self._dropped.remove(request)
             return
         for request in requests:
             self._requests.pop(request.request_id, None)
-        if self._death is not None:  # nothing is left to put in order
-            return
-        with self._lock.held():
-            self._interrupted = True
+        if self._death is None:  # else nothing is left to put in order
             with self._exclusive():  # which recovers
                 pass
 
