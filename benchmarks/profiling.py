@@ -89,7 +89,7 @@ def device_profile(llm: LLM, case: Case, temperature: float, trace_file: Path, n
     with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=save) as profile:
         for i in range(num_warmups + num_steps):
             if llm.is_finished():  # few steps make a case: it goes on with other tokens
-                case = case.refilled(i)
+                case = case.refilled(1_000_000 + i)
                 add_requests(llm, case, case.output_lens, temperature)
             llm.step()
             if i == num_warmups + num_steps - 1:

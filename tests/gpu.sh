@@ -16,7 +16,7 @@ run() { # NAME, arguments of pytest
 start=$SECONDS
 last=$(($(nvidia-smi -L | wc -l) - 1)) # the second GPU, if there is one
 engine() {
-  run engine tests/test_gpu.py -n 3 --dist load -k "not sized"
+  run engine tests/test_gpu.py -n 3 --dist load -k "not sized and not any_gpu"
 }
 others() {
   # Alone on its GPU: these measure the memory that is in use, or use it up.
@@ -32,6 +32,7 @@ else
   engine
   others
 fi
+run any_gpu tests/test_gpu.py -k "any_gpu"
 run ranks tests/test_gpu_tensor_parallel.py tests/test_gpu_all_reduce.py tests/test_tensor_parallel_requests.py \
   -n 4 --dist load -k "not lost"
 run lost tests/test_gpu_tensor_parallel.py tests/test_gpu_all_reduce.py -k "lost"

@@ -357,6 +357,8 @@ def test_an_unknown_architecture_is_told_what_is_supported(qwen3, tmp_path, arch
         {"rope_type": "dynamic", "factor": 2.0},
         {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6},
         {"type": "linear", "factor": 2.0},
+        {"factor": 2.0},
+        {"rope_type": "default", "factor": 2.0},
     ],
 )
 @pytest.mark.parametrize("new_style", [False, True])
@@ -366,7 +368,7 @@ def test_unsupported_rope_scaling(checkpoints, tmp_path, rope_scaling, new_style
     else:
         changes = {"rope_scaling": rope_scaling, "rope_theta": 10000.0, "rope_parameters": None}
     path = edited(checkpoints("llama").path, tmp_path / "x", **changes)
-    with pytest.raises(ValueError, match=r"rope_scaling.*supported: default, llama3, yarn"):
+    with pytest.raises(ValueError, match=r"rope_scaling.*factor 2.0.*supported: default, llama3, yarn"):
         LLM(path, **SMALL)
 
 

@@ -21,9 +21,11 @@ from nanovllm.kernels.triton_utils import jit, launch_options, next_power_of_2, 
 LOG2_E = 1.4426950408889634
 BLOCK = 64  # tokens a program reads at a time; items are whole blocks
 PROGRAMS_PER_MULTIPROCESSOR = 2  # to divide what is left to read among; three run at once, and some end early
-PARTS = 32  # of a context of mean length; no item is shorter
+PARTS = 32  # into which a context of mean length is cut at the most
 MAX_SORTED = 1024  # sequences
-ITEM_FIELDS = 8  # sequence or -1, first token, end, the sequence's first item, number of its items, scratch; 32 bytes
+# Sequence or -1, first token, end, the sequence's first item, number of its items, first query (for
+# kernels/attention_invariant.py), two that the planner writes notes to; 32 bytes.
+ITEM_FIELDS = 8
 
 
 def check_layout(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
@@ -127,7 +129,7 @@ def _plan_kernel(
         num_items = tl.where(live, num_items, 0)
         first_item = end_item + tl.cumsum(num_items, axis=0) - num_items
         for i in range(tl.max(num_items, axis=0)):
-            mask = i < num_items
+            mask = (i < num_items) & (first_item + i < max_items)  # should a context be longer than was said
             item_ptrs = items_ptr + (first_item + i) * ITEM_FIELDS
             tl.store(item_ptrs, seqs, mask=mask)
             tl.store(item_ptrs + 1, i * item_len, mask=mask)

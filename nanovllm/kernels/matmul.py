@@ -5,8 +5,9 @@ which no kernel writes, while the kernel before it still runs; takes a gated act
 output is too narrow for one tile a multiprocessor, is split over its depth (split-K) into partial sums that the next
 RMSNorm adds up.
 
-Two kernels: for up to 32 rows the weight is the left operand, whose rows fill the matrix unit's 64 however few the
-tokens; beyond, the tokens are, 64 a tile, and tiles of both travel by TMA, the copy engine.
+Two kernels: for up to 32 rows (64, if gated and of a short depth) the weight is the left operand, whose rows fill the
+matrix unit's 64 however few the tokens; beyond, the tokens are, 64 a tile, and tiles of both travel by TMA, the copy
+engine.
 """
 
 from dataclasses import dataclass
@@ -161,8 +162,9 @@ def _more_rows_kernel(
         row_ptrs = weight_ptr + tile_rows(tile, N, BLOCK_N, GATED)[:, None].to(tl.int64) * K + part * DEPTH
         prefetch_rows(row_ptrs, min(DEPTH, PREFETCH_DEPTH), BLOCK_K)
     pdl_wait(PDL)
-    # The last tile ends with the last token and shares some with the one before it, since TMA is slow to fill a tile
-    # with zeros beyond the end: with one token in the second tile a product took 1.6 times as long as with 64.
+    # The last tile ends with the last token and shares some with the one before it, to which both write the same bits:
+    # TMA is slow to fill a tile with zeros beyond the end. With one token in the second tile a product took 1.6 times
+    # as long as with 64.
     first_token = tl.minimum(tl.program_id(0) * BLOCK_M, tl.maximum(M - BLOCK_M, 0))
     tokens = first_token + tl.arange(0, BLOCK_M)
     acc = tl.zeros((BLOCK_M, ROWS), tl.float32)

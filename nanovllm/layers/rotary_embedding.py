@@ -27,7 +27,7 @@ def get_rope(config: Any, head_dim: int, max_position: int, device: torch.device
     Raises ValueError for a kind of rope scaling other than default, llama3 and yarn.
     """
     rope = rope_parameters(config)
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type") or rope.get("type") or "default"
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     inv_freq = rope["rope_theta"] ** -exponents
     scale = 1.0
@@ -35,8 +35,11 @@ def get_rope(config: Any, head_dim: int, max_position: int, device: torch.device
         inv_freq = llama3_inv_freq(inv_freq, rope)
     elif kind == "yarn":
         inv_freq, scale = yarn_inv_freq(inv_freq, rope, config.max_position_embeddings)
-    elif kind != "default":
-        raise ValueError(f"rope_scaling of type {kind!r} is not supported; supported: default, llama3, yarn")
+    elif kind != "default" or rope.get("factor") not in (None, 1):  # a factor without a type would be ignored
+        raise ValueError(
+            f"rope_scaling of type {kind!r} with factor {rope.get('factor')} is not supported; supported: default, "
+            "llama3, yarn; default has no factor"
+        )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"partial_rotary_factor={rope['partial_rotary_factor']} is not supported; only 1.0 is")
     return RotaryEmbedding(inv_freq, max_position, scale, device)
