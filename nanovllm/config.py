@@ -48,7 +48,8 @@ class Config:
         seed: of requests that bring none.
         deterministic: a request's tokens and log probabilities are bitwise the same whatever runs beside it and
             whatever is cached, on the same hardware and versions; on one rank (docs/deterministic.md). Default False.
-        worker_timeout_s: a rank that shows no sign of life for so long is given up, and with it the engine. Default 10.
+        worker_timeout_s: a rank that shows no sign of life for so long is given up, and with it the engine. Default 8,
+            so that the call in progress has raised within 10 s.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range.
@@ -69,7 +70,7 @@ class Config:
     attention_backend: str | None = None
     seed: int = 0
     deterministic: bool = False
-    worker_timeout_s: float = 10.0
+    worker_timeout_s: float = 8.0
     hf_config: Any = field(init=False, repr=False)
     eos_token_ids: frozenset[int] = field(init=False, repr=False)
 

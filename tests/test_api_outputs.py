@@ -465,3 +465,28 @@ def test_docs_name_what_there_is():
     for field in dataclasses.fields(SamplingParams):
         assert not field.init or f"        {field.name}: " in SamplingParams.__doc__
     assert (Path(__file__).parent.parent / "docs" / "api.md").is_file()
+
+
+# ---- draws that depend on the tokens before them ----
+
+
+def test_draws_that_read_their_tokens_wait_for_them(qwen3):
+    """Penalties and bad words beside plain rows, one step ahead as without: each draw has seen the token before it."""
+    prompts = many_prompts(12)
+    repetition = dataclasses.replace(greedy(20), repetition_penalty=1.3)
+    others = SamplingParams(
+        temperature=0.9, seed=5, max_tokens=20, ignore_eos=True, frequency_penalty=0.4, bad_words=["ab", "c"]
+    )
+    params = [(repetition, others, greedy(20))[i % 3] for i in range(12)]
+    found = []
+    for depth in (0, 1):
+        llm = qwen3.llm()
+        llm.depth = depth
+        found.append([output["token_ids"] for output in llm.generate(prompts, params, use_tqdm=False)])
+    assert found[0] == found[1]
+    for prompt, tokens in list(zip(prompts, found[1]))[::3]:
+        expected = qwen3.model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.int64), do_sample=False,
+            max_new_tokens=20, min_new_tokens=20, repetition_penalty=1.3, pad_token_id=0,
+        )  # fmt: skip
+        assert tokens == expected[0, len(prompt) :].tolist()
