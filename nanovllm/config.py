@@ -135,7 +135,13 @@ def find_checkpoint(model: str | Path) -> Path:
 
         files = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt"]
         others = ["*/*", "consolidated*"]  # the same weights again, in other formats
-        path = Path(snapshot_download(str(model), allow_patterns=files, ignore_patterns=others))
+        try:
+            path = Path(snapshot_download(str(model), allow_patterns=files, ignore_patterns=others))
+        except (OSError, ValueError) as error:  # as all of the hub's own are
+            raise FileNotFoundError(
+                f"model {str(model)!r} is no directory here, and the Hugging Face hub did not give it (is the name "
+                f"right, the network up, access granted?): {error}"
+            ) from error
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"model {str(model)!r} has no config.json: pass a directory in Hugging Face format")
     if not any(file.is_file() for file in path.glob("*.safetensors")):

@@ -1,7 +1,6 @@
 """Checkpoints: what loads, and what every kind of broken one is told."""
 
 import contextlib
-import fnmatch
 import json
 import weakref
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from helpers import (
     many_prompts,
     save_checkpoint,
 )
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM
@@ -265,10 +265,10 @@ def test_a_pathlib_path(qwen3):
 
 
 def test_a_hub_id_downloads_only_what_is_needed(qwen3, monkeypatch):
-    asked: list[tuple[str, list[str]]] = []
+    asked: list[tuple[str, dict[str, Any]]] = []
 
-    def snapshot_download(repo_id: str, allow_patterns: list[str], **kwargs: Any) -> str:
-        asked.append((repo_id, allow_patterns))
+    def snapshot_download(repo_id: str, **patterns: Any) -> str:
+        asked.append((repo_id, patterns))
         return str(qwen3.path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
@@ -281,11 +281,18 @@ def test_a_hub_id_downloads_only_what_is_needed(qwen3, monkeypatch):
         "special_tokens_map.json chat_template.jinja model.safetensors model-00001-of-00002.safetensors "
         "model.safetensors.index.json"
     )
-    rest = "pytorch_model.bin model.gguf tf_model.h5 model.pt training_args.bin modeling_evil.py README.md"
-    wanted = {
-        name for name in f"{needed} {rest}".split() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-    }
-    assert wanted == set(needed.split())
+    rest = (
+        "pytorch_model.bin model.gguf tf_model.h5 model.pt training_args.bin modeling_evil.py README.md "
+        "consolidated.safetensors original/params.json original/model.safetensors onnx/config.json"
+    )
+    wanted = filter_repo_objects(f"{needed} {rest}".split(), **patterns)
+    assert list(wanted) == needed.split()
+
+
+def test_a_mistyped_path_that_could_be_a_hub_id(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"model 'models/nothere' is no directory here, and the .* hub did not"):
+        LLM("models/nothere", device="cpu")
 
 
 def test_a_path_never_asks_the_hub(qwen3, monkeypatch):
