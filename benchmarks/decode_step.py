@@ -63,10 +63,11 @@ def milliseconds(llm: LLM, lens: torch.Tensor, repeats: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--num-seqs", type=int, nargs="+", help="of " + ", ".join(str(rows) for rows, _ in CASES))
+    parser.add_argument("--num-seqs", type=int, nargs="+", help="instead of the usual cases")
+    parser.add_argument("--context", type=int, default=900, metavar="TOKENS", help="mean, with --num-seqs; default 900")
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
-    cases = [case for case in CASES if not args.num_seqs or case[0] in args.num_seqs]
+    cases = [(rows, args.context) for rows in args.num_seqs] if args.num_seqs else CASES
     device = torch.device("cuda")
     report = {"device": machine.device_name(device), "versions": machine.versions(), "commit": machine.git_commit()}
     llm = LLM(args.model, max_num_seqs=256, gpu_memory_utilization=0.92)

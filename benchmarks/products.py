@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks import machine
 from nanovllm.kernels.activation import silu_and_mul
+from nanovllm.kernels.linear import blas_linear
 from nanovllm.kernels.matmul import BLOCK_K, BLOCK_N, Tiling, matmul
 from nanovllm.kernels.norm import add_rms_norm
 
@@ -64,15 +64,15 @@ def candidates(num_rows: int, outputs: int, depth: int, kind: str) -> list[Tilin
 
 
 def chain(kind: str, inputs: Any, weight: torch.Tensor, tiling: Tiling | None) -> torch.Tensor:
-    """One layer's worth; tiling: None for cuBLAS."""
+    """One layer's worth; tiling: None for cuBLAS, or cuBLASLt where the engine would call it."""
     x, residual, norm = inputs
     if kind in ("wide", "gated"):
         x, _ = add_rms_norm(x, residual, norm, 1e-6)
         if tiling is not None:
             return matmul(x, weight, tiling, kind == "gated")
-        out = F.linear(x, weight)
+        out = blas_linear(x, weight)
         return silu_and_mul(out) if kind == "gated" else out
-    out = F.linear(x, weight) if tiling is None else matmul(x, weight, tiling)
+    out = blas_linear(x, weight) if tiling is None else matmul(x, weight, tiling)
     return add_rms_norm(out, residual, norm, 1e-6)[0]
 
 

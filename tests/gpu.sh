@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All tests that need a GPU, those that may share one at the same time; logs and a summary in the given folder.
-#   tests/gpu.sh [LOGS]        needs pytest-xdist and some 70 GB of GPU memory; the last two parts need two GPUs
+#   tests/gpu.sh [LOGS]        needs pytest-xdist and some 70 GB of GPU memory; the last three parts need two GPUs
 set -uo pipefail
 cd "$(dirname "$0")/.."
 logs=$(realpath -m "${1:-/tmp/gpu-tests}")

@@ -123,10 +123,10 @@ class EngineCore:
         with self._lock.held(), torch.cuda.device(self._cuda_index):
             self._check_alive()
             try:
-                was_interrupted, self._interrupted = self._interrupted or bool(self._dropped), True
-                if was_interrupted:
+                is_in_order = not self._interrupted and not self._dropped
+                self._interrupted = True
+                if not is_in_order:
                     self._recover()
-                    self._interrupted = True
                 yield
                 self._interrupted = False
             except EngineDeadError as error:
@@ -243,7 +243,6 @@ class EngineCore:
                         seq.detokenizer.reset()
                     survivors.append(seq)
         self.scheduler.reset(survivors)
-        self._interrupted = False
 
     def _enqueue(self, requests: list[Request], call: Call, stream: bool = False) -> None:
         self._check_not_in_step()

@@ -81,6 +81,7 @@ def blas_linear(
 
 @cache
 def no_bias(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; of the process, since graphs have the address baked in. The warm-up before a capture makes them."""
     return torch.zeros(size, dtype=dtype, device=device)
 
 

@@ -59,8 +59,8 @@ def choose_tiling(x: torch.Tensor, weight: torch.Tensor, gated: bool = False, ca
     num_tiles = num_outputs // BLOCK_N * -(-num_tokens // block_m)
     num_processors, num_splits, min_steps = num_multiprocessors(x.device), 1, 2 if is_few else 4
     while can_split and num_tiles * num_splits * 2 <= num_processors:
-        num_steps, rest = divmod(depth, num_splits * 2 * BLOCK_K)
-        if rest or num_steps < min_steps:
+        steps_of_half, rest = divmod(depth, num_splits * 2 * BLOCK_K)
+        if rest or steps_of_half < min_steps:
             break
         num_splits *= 2
     if is_few and num_tiles * num_splits * 2 < num_processors and depth > 2048:
