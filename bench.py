@@ -52,10 +52,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     engine.add_argument("--enforce-eager", action="store_true")
     engine.add_argument("--dtype", default="auto")
     engine.add_argument("--device", default="auto")
-    engine.add_argument("--attention-backend", help="nanovllm only, like the next three")
+    engine.add_argument("--attention-backend", help="nanovllm only, like the next four")
     engine.add_argument("--deterministic", action="store_true")
     engine.add_argument("--kvcache-block-size", type=int, default=256)
     engine.add_argument("--num-kvcache-blocks", type=int, default=-1)
+    engine.add_argument("--depth", type=int, choices=(0, 1), help="steps to launch ahead (default: 1 on a GPU)")
     more = parser.add_argument_group("instead of the timed runs (nanovllm only)")
     more.add_argument("--host-profile", action="store_true", help="host work per decode step of the workload")
     more.add_argument("--profile", type=Path, metavar="FILE", help="write a Chrome trace, print time by kernel")
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     print(f"{report['model']} in {report['dtype']} on {report['device']}, commit {report['commit']}")
     print(", ".join(f"{name} {version}" for name, version in report["versions"].items()), flush=True)
 
-    if args.host_profile and args.num_kvcache_blocks == -1:
+    if args.host_profile and device.type == "cpu" and args.num_kvcache_blocks == -1:
         args.num_kvcache_blocks = 1  # the model will not run, so there need not be a cache
     engines: list[Engine] = []
     for name in args.engines:

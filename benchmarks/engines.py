@@ -43,6 +43,8 @@ class NanoVLLM(Engine):
             "num_kvcache_blocks": args.num_kvcache_blocks,
         }
         self.llm = LLM(model, device=device, dtype=dtype, **shared_options(args), **options)
+        if args.depth is not None:
+            self.llm.depth = args.depth
         self.num_steps = 0
         run = self.llm.model_runner.run
 

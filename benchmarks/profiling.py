@@ -20,16 +20,18 @@ def host_profile(llm: LLM, case: Case, num_steps: int = 100) -> dict[str, float]
     """Microseconds of host work per decode step of the whole `case`, by part: the mean of the middle half of the steps,
     since whatever else runs on the host strikes few steps and those hard. The engine is useless afterwards.
 
-    The model is replaced by one that answers at once, so what is timed is schedule, prepare (with the copies to the
-    device, the launch excepted) and postprocess, at the context lengths of the case's prompts.
+    On a GPU every step begins when the device has done all before it, so that nothing in it is waited for: what is
+    timed is schedule, prepare (with the copies to the device and the launch) and postprocess of the step before. On a
+    CPU the model is replaced by one that answers at once. The context lengths are those of the case's prompts.
     """
     runner: Any = llm.model_runner
-    runner.graphs = None
-    runner.run_prefill = lambda batch: batch.rows  # row numbers do for token ids
-    runner.run_decode = lambda rows, max_context_len: rows
-    llm.block_manager = llm.scheduler.block_manager = BlockManager(2**16, llm.block_manager.block_size)
-    llm.input_processor.num_blocks = llm.block_manager.num_blocks
-    llm.scheduler.reset(())  # nobody reads or writes a cache now, so there can be blocks for all
+    device = llm.config.device
+    if device.type == "cpu":
+        runner.run_prefill = lambda batch: batch.rows  # row numbers do for token ids
+        runner.run_decode = lambda rows, max_context_len: rows
+        llm.block_manager = llm.scheduler.block_manager = BlockManager(2**16, llm.block_manager.block_size)
+        llm.input_processor.num_blocks = llm.block_manager.num_blocks
+        llm.scheduler.reset(())  # nobody reads or writes a cache now, so there can be blocks for all
     seconds: dict[str, float] = defaultdict(float)  # of the step at hand
 
     def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,6 +60,7 @@ def host_profile(llm: LLM, case: Case, num_steps: int = 100) -> dict[str, float]
     steps = []
     for _ in range(num_steps):
         seconds.clear()
+        synchronize(device)
         start = perf_counter()
         llm.step()
         steps.append({**seconds, "step": perf_counter() - start})

@@ -75,6 +75,17 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtyp
     torch.testing.assert_close(actual.float(), expected.float(), rtol=tolerance, atol=tolerance)
 
 
+def assert_attends(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    """[T, heads, head_dim], as a part of each head's largest output: over a long context all of them are small.
+
+    In 16 bits weights are rounded before their sum, and both outputs: 2^-7 in bfloat16, 2^-10 in float16, at worst.
+    """
+    tolerance = {torch.float32: 2**-16, torch.float16: 2**-9, torch.bfloat16: 2**-6}[dtype]
+    difference = (actual.float() - expected.float()).abs().amax(-1)
+    share = (difference / expected.float().abs().amax(-1).clamp(min=1e-30)).max().item() if actual.numel() else 0.0
+    assert share <= tolerance, f"off by {share / tolerance:.2f} of what is allowed"
+
+
 # ---- elementwise ----
 
 
@@ -284,7 +295,7 @@ def test_decode(device, dtype, context_lens, num_heads, num_kv_heads, head_dim, 
     actual = attention_decode.paged_attention_decode_triton(q, *cache, head_dim**-0.5, max_context_len, out=out)
     expected = attention_decode.paged_attention_decode_torch(q, *cache, head_dim**-0.5, max_context_len)
     assert actual is out
-    assert_close(actual, expected, dtype)
+    assert_attends(actual, expected, dtype)
     assert (actual[torch.tensor(context_lens) == 0] == 0).all()
 
 
@@ -299,7 +310,7 @@ def test_decode_shares_a_plan(device, dtype):
         plan = plan or attention_decode.plan_decode(cache[3], 4, 2, head_dim, 400)
         plan.partial_out.fill_(NAN)
         actual = attention_decode.paged_attention_decode_triton(q, *cache, head_dim**-0.5, 400, plan=plan)
-        assert_close(actual, attention_decode.paged_attention_decode_torch(q, *cache, head_dim**-0.5, 400), dtype)
+        assert_attends(actual, attention_decode.paged_attention_decode_torch(q, *cache, head_dim**-0.5, 400), dtype)
         assert not plan.arrivals.any()
 
 
@@ -380,7 +391,7 @@ def test_prefill(device, dtype, config, q_lens, context_lens, num_heads, num_kv_
     actual = attention_prefill.paged_attention_prefill_triton(*args, out=out, config=config)
     assert actual is out
     assert out[:skipped].isnan().all()
-    assert_close(out[skipped:], attention_prefill.paged_attention_prefill_torch(*args)[skipped:], dtype)
+    assert_attends(out[skipped:], attention_prefill.paged_attention_prefill_torch(*args)[skipped:], dtype)
 
 
 @on_targets
@@ -393,7 +404,34 @@ def test_prefill_of_single_queries_is_decode(device, dtype):
         q, *cache[:3], cu_seqlens_q, cache[3], head_dim**-0.5, 1
     )
     decoded = attention_decode.paged_attention_decode_triton(q, *cache, head_dim**-0.5, max(context_lens))
-    assert_close(prefilled, decoded, dtype)
+    assert_attends(prefilled, decoded, dtype)
+
+
+LONG_CASES = [  # query lengths, context_lens, num_heads, num_kv_heads, head_dim, block_size
+    ([1, 1, 1, 1, 1, 1], [4095, 4096, 4097, 12_345, 32_000, 3], 16, 8, 128, 256),
+    ([1], [40_000], 32, 8, 128, 16),
+    ([1] * 24, [3000 + 17 * i for i in range(24)], 14, 2, 64, 64),
+    ([300, 1000, 33], [4097, 9000, 32_000], 32, 8, 128, 256),
+    ([257, 64], [8192, 8191], 14, 2, 64, 16),
+]
+
+
+@pytest.mark.parametrize(("device", "dtype"), TARGETS[1:])
+@pytest.mark.parametrize(("q_lens", "context_lens", "num_heads", "num_kv_heads", "head_dim", "block_size"), LONG_CASES)
+def test_long_contexts(device, dtype, q_lens, context_lens, num_heads, num_kv_heads, head_dim, block_size):
+    cache = make_cache(context_lens, num_kv_heads, head_dim, block_size, device, dtype)
+    q = make_queries(sum(q_lens), num_heads, head_dim, device, dtype)
+    out = torch.full_like(q, NAN, memory_format=torch.contiguous_format)
+    if max(q_lens) == 1:
+        args = q, *cache, head_dim**-0.5, max(context_lens)
+        attention_decode.paged_attention_decode_triton(*args, out=out)
+        expected = attention_decode.paged_attention_decode_torch(*args)
+    else:
+        cu_seqlens_q = torch.tensor([0, *q_lens], device=device).cumsum(0, dtype=torch.int32)
+        args = q, *cache[:3], cu_seqlens_q, cache[3], head_dim**-0.5, max(q_lens)
+        attention_prefill.paged_attention_prefill_triton(*args, out=out)
+        expected = attention_prefill.paged_attention_prefill_torch(*args)
+    assert_attends(out, expected, dtype)
 
 
 @on_gpu
@@ -428,7 +466,7 @@ def test_decode_in_a_cuda_graph(device, dtype):
         context_lens.copy_(torch.tensor(lens))
         out.fill_(NAN)
         graph.replay()
-        assert_close(out, attention_decode.paged_attention_decode_torch(*args), dtype)
+        assert_attends(out, attention_decode.paged_attention_decode_torch(*args), dtype)
 
 
 # ---- products of few rows ----
@@ -608,8 +646,8 @@ def test_invariant_attention(
     cu_seqlens_q = torch.tensor([0, *q_lens], device=device).cumsum(0, dtype=torch.int32)
     args = q, *cache[:3], cu_seqlens_q, cache[3], head_dim**-0.5
     expected = attention_prefill.paged_attention_prefill_torch(*args, max(q_lens))
-    assert_close(out, expected, dtype)
-    assert_close(attention_invariant.paged_attention_invariant_torch(*args), expected, dtype)
+    assert_attends(out, expected, dtype)
+    assert_attends(attention_invariant.paged_attention_invariant_torch(*args), expected, dtype)
 
 
 @on_targets
