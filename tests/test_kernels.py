@@ -281,6 +281,7 @@ DECODE_CASES = [  # context_lens, num_heads, num_kv_heads, head_dim, block_size
     ([300, 1], 4, 1, 64, 32),
     ([129, 47, 48, 49], 5, 1, 64, 48),  # pages that blocks straddle
     ([1200], 16, 2, 64, 64),  # one sequence in more items than are merged at a time
+    ([2200, *[1] * 8], 16, 1, 64, 64),  # the same in a batch of more rows
     ([1, 500, 1], 20, 1, 32, 16),  # more heads a group than tl.dot's least rows
 ]
 
@@ -340,15 +341,15 @@ def test_plan(device, dtype, context_lens, num_kv_heads, max_context_len):
     assert all(item[0] == -1 for item in items[used:])
     num_shares = attention_common.PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(lens.device) / num_kv_heads
     shortest = max(sum(context_lens) / (attention_common.PARTS * len(lens)), attention_decode.MIN_ITEM_LEN)
-    expected, left, order = 0, sum(context_lens), []
+    block, expected, left, order = attention_decode.block_len(16), 0, sum(context_lens), []
     while expected < used:
         seq, num_items = items[expected][0], items[expected][4]
         longest = max(left / num_shares, shortest)
         position = 0
         for item, (row, begin, end, first_item, count) in enumerate(items[expected : expected + num_items], expected):
             assert (row, begin, first_item, count) == (seq, position, expected, num_items)
-            assert begin % attention_decode.BLOCK == 0
-            assert end - begin <= longest + attention_decode.BLOCK
+            assert begin % block == 0
+            assert end - begin <= longest + block
             assert end > begin or context_lens[seq] == 0
             assert item < used
             position = end

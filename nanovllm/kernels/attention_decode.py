@@ -33,6 +33,9 @@ from nanovllm.kernels.triton_utils import (
 
 MIN_ITEM_LEN = 128  # shorter items would take less time than merging them
 RESIDENT_PROGRAMS = 3  # on a multiprocessor
+# Of partial results that a program holds at a time: where these are all of a sequence's; where there are more; and
+# where there are more in a batch of few rows, whose contexts are in many items. It takes registers from all programs.
+FEW_NUMBERS, MANY_NUMBERS, MOST_NUMBERS, FEW_ROWS = 4096, 8192, 16384, 8
 PREFETCH_BLOCKS = 1  # of an item, before its program waits; two are no better, four are worse
 
 
@@ -100,8 +103,13 @@ def plan_decode(
         torch.empty(max_items, num_heads, dtype=torch.float32, device=device),
         torch.empty(batch_size, num_kv_heads, dtype=torch.int32, device=device),
     )
-    write_plan(context_lens, plan.items, plan.arrivals, num_shares, MIN_ITEM_LEN, BLOCK)
+    write_plan(context_lens, plan.items, plan.arrivals, num_shares, MIN_ITEM_LEN, block_len(head_dim))
     return plan
+
+
+def block_len(head_dim: int) -> int:
+    """Tokens that a program reads at a time, as many bytes of them at a head_dim of 64 as at 128."""
+    return BLOCK if head_dim > 64 else 2 * BLOCK
 
 
 def paged_attention_decode_triton(
@@ -118,18 +126,21 @@ def paged_attention_decode_triton(
     if plan is None:
         is_early = False
         plan = plan_decode(context_lens, num_heads, num_kv_heads, head_dim, max_context_len)
-    # Three stages at head_dim 128 in 16 bits: two blocks, 64 KB, in flight, and three programs a multiprocessor.
-    num_warps, num_stages = config or (4, 3 if k_cache.element_size() * head_dim <= 256 else 2)
+    block = block_len(head_dim)
+    # Three stages of 16 KB of keys: two blocks, 64 KB, in flight, and three programs a multiprocessor.
+    num_warps, num_stages = config or (4, 3 if k_cache.element_size() * head_dim * block <= 2**14 else 2)
     # As many programs as run at once, or none.
     num_early = RESIDENT_PROGRAMS * num_multiprocessors(q.device) if is_early else 0
     group = num_heads // num_kv_heads
     block_merge = next_power_of_2(group)
+    many_numbers = MOST_NUMBERS if batch_size <= FEW_ROWS else MANY_NUMBERS
     _decode_kernel[(num_kv_heads, len(plan.items))](
         q, k_cache, v_cache, block_tables, plan.items, plan.partial_out, plan.partial_lse, plan.arrivals, out,
         scale * LOG2_E, q.stride(0), block_tables.stride(0), num_early,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, D=head_dim, PAGE=block_size, ITEM_FIELDS=ITEM_FIELDS,
-        BLOCK=BLOCK, BLOCK_HEADS=max(block_merge, 16), BLOCK_MERGE=block_merge,
-        MERGE_ITEMS=max(4096 // (block_merge * head_dim), 1),  # 32 numbers a thread
+        BLOCK=block, BLOCK_HEADS=max(block_merge, 16), BLOCK_MERGE=block_merge,
+        FEW_ITEMS=max(FEW_NUMBERS // (block_merge * head_dim), 1),
+        MANY_ITEMS=max(many_numbers // (block_merge * head_dim), 1),
         PREFETCH_BLOCKS=PREFETCH_BLOCKS, num_warps=num_warps, num_stages=num_stages, **launch_options(),
     )  # fmt: skip
     return out
@@ -140,8 +151,8 @@ def _decode_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, block_tables_ptr, items_ptr, partial_out_ptr, partial_lse_ptr, arrivals_ptr,
     out_ptr, scale_log2, q_stride, table_stride, num_early,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, ITEM_FIELDS: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_MERGE: tl.constexpr, MERGE_ITEMS: tl.constexpr,
-    PREFETCH_BLOCKS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_MERGE: tl.constexpr, FEW_ITEMS: tl.constexpr,
+    MANY_ITEMS: tl.constexpr, PREFETCH_BLOCKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program an item and kv head; its GROUP query heads are the first rows of a tile that tl.dot accepts."""
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
@@ -206,10 +217,16 @@ def _decode_kernel(
                 tl.store(arrivals_ptr + seq * NUM_KV_HEADS + kv_head, 0)  # for the next layer
                 merge_rows = tl.arange(0, BLOCK_MERGE)
                 merge_heads = kv_head * GROUP + merge_rows
-                merged = merge_items(
-                    partial_out_ptr, partial_lse_ptr, first_item, num_items, merge_heads, merge_rows < GROUP,
-                    NUM_HEADS, D, BLOCK_MERGE, MERGE_ITEMS,
-                )  # fmt: skip
+                if num_items <= FEW_ITEMS:
+                    merged = merge_items(
+                        partial_out_ptr, partial_lse_ptr, first_item, num_items, merge_heads, merge_rows < GROUP,
+                        NUM_HEADS, D, BLOCK_MERGE, FEW_ITEMS,
+                    )  # fmt: skip
+                else:
+                    merged = merge_items(
+                        partial_out_ptr, partial_lse_ptr, first_item, num_items, merge_heads, merge_rows < GROUP,
+                        NUM_HEADS, D, BLOCK_MERGE, MANY_ITEMS,
+                    )  # fmt: skip
                 merge_offsets = seq * (NUM_HEADS * D) + merge_heads[:, None] * D + dims[None, :]
                 tl.store(
                     out_ptr + merge_offsets, merged.to(out_ptr.dtype.element_ty), mask=(merge_rows < GROUP)[:, None]

@@ -7,7 +7,7 @@ a whole prompt are one case: the queries are the last tokens of their contexts.
 import torch
 
 from nanovllm.kernels.attention_common import LOG2_E, check_layout, load_pages, page_offsets
-from nanovllm.kernels.triton_utils import jit, launch_options, pdl_wait, tl, use_triton
+from nanovllm.kernels.triton_utils import jit, launch_options, num_multiprocessors, pdl_wait, tl, use_triton
 
 
 def paged_attention_prefill(
@@ -62,7 +62,7 @@ def paged_attention_prefill_triton(
     batch_size, group = len(context_lens), num_heads // num_kv_heads
     if not num_tokens or not batch_size:
         return out
-    block_m, block_n, num_warps, num_stages = config or choose_config(q, max_seqlen_q * group)
+    block_m, block_n, num_warps, num_stages = config or choose_config(q, max_seqlen_q, num_kv_heads)
     # Tile i belongs to the sequence b with first_tile(b) <= i < first_tile(b + 1), where
     # first_tile(b) = cu_seqlens_q[b] * group // block_m + b: enough for each, at most one to spare.
     num_tiles = num_tokens * group // block_m + batch_size
@@ -75,14 +75,18 @@ def paged_attention_prefill_triton(
     return out
 
 
-def choose_config(q: torch.Tensor, max_rows: int) -> tuple[int, int, int, int]:
+def choose_config(q: torch.Tensor, max_seqlen_q: int, num_kv_heads: int) -> tuple[int, int, int, int]:
     """(rows of queries and heads, keys, warps, stages) of a tile."""
+    num_tokens, num_heads, head_dim = q.shape
     if q.element_size() == 4:  # exact float32 has no tensor cores: the largest tile that registers hold
         return 32, 32, 8, 1
-    num_stages = 3 if q.shape[2] <= 128 else 2  # what shared memory holds
-    if max_rows <= 64:  # a few tokens after a long prefix: one group of 4 warps is the least that wgmma takes
-        return 64, 64, 4, num_stages
-    return 128, 64, 8, num_stages
+    if head_dim > 128:  # what shared memory holds
+        return 128, 64, 8, 2
+    # Where large tiles would leave half of the chip idle, or mostly be empty, small ones, of the fewest rows that wgmma
+    # takes. Two of them share a multiprocessor at a head_dim of 64.
+    num_slots = num_multiprocessors(q.device) * 128 // head_dim
+    is_small = num_tokens * num_heads // 128 * 2 <= num_slots or max_seqlen_q * num_heads // num_kv_heads <= 64
+    return (64, 128, 4, 3) if is_small else (128, 64, 8, 3)
 
 
 @jit(do_not_specialize=("block_tables_ptr", "cu_seqlens_q_ptr", "context_lens_ptr", "batch_size", "table_stride"))
