@@ -210,6 +210,36 @@ def test_float32_greedy_tokens_equal_transformers(checkpoints, name):
         assert watch.num_chunks > 0
 
 
+@pytest.mark.parametrize("enforce_eager", [False, True])
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("backend", CAPTURED)
+def test_log_probabilities_of_a_step_equal_transformers(model, backend, depth, enforce_eager):
+    """Of the forward-to-logits graph; those who ask end first, and the plain graph goes on with the others' rows."""
+    prompts, _ = model.requests(PROMPT_LENGTHS, 0, seed=13)
+    asking = SamplingParams(temperature=0, max_tokens=25, ignore_eos=True, logprobs=0)
+    plain = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
+    with model.llm(attention_backend=backend, enforce_eager=enforce_eager) as llm:
+        llm.depth = depth
+        outputs = llm.generate(prompts, [asking, plain] * 7 + [asking], use_tqdm=False)
+        kinds = {samples for _, samples in llm.model_runner.graphs.graphs} if llm.model_runner.graphs else set()
+        assert kinds == (set() if enforce_eager else {False, True})
+        texts = [output["token_ids"] for output in outputs]
+        # The plain rows' tokens are judged by what they get as prompts.
+        scored = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, prompt_logprobs=1)
+        whole = [prompt + text for prompt, text in zip(prompts, texts)]
+        scores = [output.prompt_logprobs[-len(text) :] for output, text in zip(llm.generate(whole, scored), texts)]
+    expected = model.expected(prompts, texts)
+    for output, wanted in zip(outputs[::2], expected[::2]):
+        entries = zip(output.outputs[0].logprobs, output["token_ids"], strict=True)
+        actual = torch.tensor([entry[token_id].logprob for entry, token_id in entries])
+        assert (actual - wanted).abs().max() < TOLERANCE
+    for entries, text, wanted in zip(scores, texts, expected):
+        actual = torch.tensor([entry[token_id].logprob for entry, token_id in zip(entries, text, strict=True)])
+        assert (actual - wanted).abs().max() < TOLERANCE
+        best = torch.tensor([max(logprob.logprob for logprob in entry.values()) for entry in entries])
+        assert (best - actual).max() < 2 * TOLERANCE
+
+
 # ---- the engine against itself ----
 
 

@@ -3,15 +3,18 @@
 import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from typing import Any
 
 import pytest
 import torch
+from helpers import HANGING_S
 from test_gpu import TOLERANCE, Model
 from test_gpu import model as model  # the fixture
-from test_tensor_parallel import assert_gone, worker_pids
+from test_tensor_parallel import assert_gone, is_running, worker_pids
 
 from nanovllm import LLM, EngineDeadError, SamplingParams
 from nanovllm.utils.nccl import PEER_MEMORY
@@ -74,12 +77,41 @@ def test_logprobs_equal_transformers(model: Model, enforce_eager: bool, uses_pee
         assert (actual - wanted).abs().max() < TOLERANCE
 
 
+MEMORY_SLACK = 2**26  # bytes
+END_S = 5.0  # no process of an engine survives it for longer
+
+
+def send_nonsense(llm: LLM) -> None:
+    """The next step that a worker is told of is of a kind that there is not, on which it raises."""
+    channel = llm.model_runner.workers.channel
+    send = channel.send
+
+    def sends(step: Any) -> None:
+        send(step)
+        channel.slots[(channel.num_sent - 1) % len(channel.slots), 1] = 77
+
+    channel.send = sends
+
+
 @pytest.mark.parametrize(
-    ("sig", "enforce_eager"), [(signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGSTOP, False)]
+    ("fault", "enforce_eager", "message"),
+    [
+        (signal.SIGKILL, False, "exit code -9"),
+        (signal.SIGKILL, True, "exit code -9"),
+        (signal.SIGSTOP, False, "has not moved for 2 s"),
+        (None, False, "exit code 1: ValueError: step"),
+    ],
 )
 def test_a_lost_rank_ends_the_engine_and_gives_its_memory_back(
-    model: Model, seasoned: None, sig: signal.Signals, enforce_eager: bool, uses_peers: bool, record_property: Any
+    model: Model,
+    seasoned: None,
+    fault: signal.Signals | None,
+    enforce_eager: bool,
+    message: str,
+    uses_peers: bool,
+    record_property: Any,
 ):
+    """It is killed, or hangs, or (None) raises in a step."""
     options: dict[str, Any] = {"enforce_eager": enforce_eager, "worker_timeout_s": 2}
     params = SamplingParams(temperature=0, max_tokens=1500, ignore_eos=True)
     before = used_bytes()
@@ -89,21 +121,60 @@ def test_a_lost_rank_ends_the_engine_and_gives_its_memory_back(
 
     def strike() -> None:
         struck.append(time.monotonic())
-        os.kill(pids[0], sig)
+        if fault is None:
+            send_nonsense(llm)
+        else:
+            os.kill(pids[0], fault)
 
     threading.Timer(1.0, strike).start()
-    with pytest.raises(EngineDeadError, match="exit code -9" if sig == signal.SIGKILL else "has not moved for 2 s"):
+    with pytest.raises(EngineDeadError, match=message):
         llm.generate([[1, 2, 3]] * 30, params, use_tqdm=False)
     assert time.monotonic() - struck[0] < 10
     with pytest.raises(EngineDeadError):
         llm.generate([[1]], use_tqdm=False)
+    closed = time.monotonic()
     llm.close()
     assert_gone(pids)
+    assert time.monotonic() - closed < END_S
     left = [a - b for a, b in zip(used_bytes(), before)]
     record_property("bytes left", left)
-    assert left[1] <= 2**26
-    assert left[0] <= 2**29  # an aborted communicator's buffers stay
-    if sig == signal.SIGSTOP:
+    assert max(left) <= MEMORY_SLACK
+    if fault == signal.SIGSTOP:
         return
     with model.llm(tensor_parallel_size=2, **options) as new:
         assert len(new.generate([[1, 2, 3]], SamplingParams(max_tokens=5, ignore_eos=True))[0]["token_ids"]) == 5
+
+
+RANK_0 = """
+import sys
+from nanovllm import LLM, SamplingParams
+if __name__ == "__main__":
+    llm = LLM(sys.argv[1], tensor_parallel_size=2, max_model_len=2048, num_kvcache_blocks=100, max_num_seqs=32)
+    params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+    llm.generate([[1, 2, 3]] * 30, params, use_tqdm=False)
+    print(llm.model_runner.workers.processes[0].pid, flush=True)
+    while True:
+        llm.generate([[1, 2, 3]] * 30, params, use_tqdm=False)
+"""
+
+
+def test_rank_0_is_lost(model: Model, record_property: Any):
+    """In the middle of its steps, with a worker that waits for it on the GPU."""
+    before = used_bytes()
+    command = [sys.executable, "-c", RANK_0, model.path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL) as process:
+        try:
+            assert process.stdout is not None
+            pid = int(process.stdout.readline())
+            time.sleep(0.5)
+            assert is_running(pid)
+        finally:
+            process.kill()
+    struck = time.monotonic()
+    assert_gone([pid])
+    assert time.monotonic() - struck < END_S
+    deadline = time.monotonic() + HANGING_S  # the driver's own cleaning
+    while max(left := [a - b for a, b in zip(used_bytes(), before)]) > MEMORY_SLACK and time.monotonic() < deadline:
+        time.sleep(0.1)
+    record_property("bytes left", left)
+    assert max(left) <= MEMORY_SLACK

@@ -86,6 +86,8 @@ class Event:
 
     num_records: int = 0
     num_waits: int = 0
+    num_queries: int = 0
+    num_queries_needed: float = 1
 
     def record(self) -> None:
         self.num_records += 1
@@ -93,6 +95,10 @@ class Event:
     def synchronize(self) -> None:
         self.num_waits += 1
         assert self.num_records == self.num_waits
+
+    def query(self) -> bool:
+        self.num_queries += 1
+        return self.num_queries >= self.num_queries_needed
 
 
 class UnpinnedBuffers(TokenBuffers):
@@ -130,6 +136,25 @@ def test_a_buffer_that_was_not_read_is_not_used_again():
     assert other.wait() == [5]
     assert [buffer.data_ptr() for buffer, _ in buffers.idle] == [other.buffer.data_ptr()]
     assert pending(None, 7, 8).wait() == [7, 8]
+
+
+def test_a_step_whose_rank_is_lost_is_not_waited_for():
+    """Its event never comes; where ranks are well, it comes after a while."""
+    buffers, num_checks = UnpinnedBuffers(4), 0
+
+    def check() -> None:
+        nonlocal num_checks
+        num_checks += 1
+        if num_checks == 10:
+            raise RuntimeError("a rank is lost")
+
+    well, lost = pending(buffers, 1, 2, check=check), pending(buffers, 3, check=check)
+    well.event.num_queries_needed, lost.event.num_queries_needed = 5, float("inf")
+    assert well.wait() == [1, 2]
+    assert (well.event.num_queries, num_checks) == (5, 5)
+    with pytest.raises(RuntimeError, match="lost"):
+        lost.wait()
+    assert num_checks == 10
 
 
 def test_the_last_layer_goes_on_with_what_is_asked_for_alone(qwen3):

@@ -303,7 +303,7 @@ def test_a_worker_hangs(qwen3):
 
 
 def test_an_exception_in_a_workers_step(qwen3, capfd):
-    """Here for a token id that no embedding has, which only the worker is told."""
+    """Here for a kind of step that there is not, which only the worker is told."""
     llm = qwen3.llm(tensor_parallel_size=2)
     pids = worker_pids(llm)
 

@@ -1,5 +1,6 @@
 """What a launched step leaves on the device, and its way to the host. Made by the model runner, read by the engine."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,6 +9,8 @@ import torch
 from nanovllm.engine.batch import StepInput
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.sampler import LogprobsTensors, compute_logprobs
+
+POLL_S = 2e-5  # hidden where a step is launched ahead; meanwhile other threads have the interpreter
 
 
 @dataclass(slots=True)
@@ -68,11 +71,14 @@ class PendingTokens:
             self.event.record()
 
     def wait(self) -> list[int]:
-        """The tokens, once."""
-        if self.buffers is not None:
-            self.event.synchronize()
+        """The tokens, once; raises what `check` does as soon as it would, since a lost rank's part never comes."""
         if self.check is not None:
+            while self.buffers is not None and not self.event.query():
+                self.check()
+                time.sleep(POLL_S)
             self.check()
+        elif self.buffers is not None:
+            self.event.synchronize()
         token_ids: list[int] = self.token_ids.tolist()
         if self.buffers is not None:
             self.buffers.give_back(self.buffer, self.event)
