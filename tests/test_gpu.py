@@ -415,27 +415,31 @@ def used_bytes() -> int:
     return total - free
 
 
-def test_the_cache_is_sized_from_free_memory_and_given_back(model):
+@pytest.mark.parametrize("backend", BACKENDS_HERE)
+def test_the_cache_is_sized_from_free_memory_and_given_back(model, backend, record_property):
     """Filled to the share asked for, never beyond, with the largest batch and every graph; nothing left at the end.
 
     What a process keeps for good, kernels above all, is there before: another engine has loaded it.
     """
+    options = {"max_num_seqs": 256, "max_model_len": 4096, "attention_backend": backend}
     rng = random.Random(12)
     prompts = [random_prompt(rng, 500, model.vocab_size) for _ in range(300)]
     lengths = [1 + i for i in range(300)]  # every batch size on the way down
-    with model.llm(max_num_seqs=256, num_kvcache_blocks=800, max_model_len=4096) as llm:
+    with model.llm(num_kvcache_blocks=800, **options) as llm:
         llm.generate(prompts, [greedy(n) for n in lengths], use_tqdm=False)
     del llm
     gc.collect()
     torch.cuda.empty_cache()
     before, total = used_bytes(), torch.cuda.mem_get_info()[1]
     share = before / total + 0.25
-    with LLM(model.path, gpu_memory_utilization=share, max_model_len=4096, max_num_seqs=256) as llm:
+    with LLM(model.path, gpu_memory_utilization=share, **options) as llm:
         assert llm.config.kvcache_block_size == 256
         assert llm.model_runner.num_kvcache_blocks * llm.model_runner.block_bytes > 0.5 * 0.25 * total
-        assert used_bytes() < share * total + 2**28
+        beyond = [used_bytes() - share * total]
         llm.generate(prompts, [greedy(n) for n in lengths], use_tqdm=False)
-        assert used_bytes() < share * total + 2**28
+        beyond.append(used_bytes() - share * total)
+        record_property("bytes beyond the share", beyond)
+        assert max(beyond) < 2**28
     del llm
     gc.collect()
     torch.cuda.empty_cache()

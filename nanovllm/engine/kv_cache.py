@@ -87,7 +87,8 @@ def memory_used_bytes(device: torch.device) -> int:
 
 
 def measure_reserve(runner: "ModelRunner") -> int:
-    """Run the largest batch and capture the largest graph against a cache of one block, then let both go.
+    """Run the largest batch of prompts, and capture the largest graph, or without graphs run the largest decode step,
+    against a cache of one block, then let them go.
 
     Returns the bytes that they needed beyond what stays: activations, and a graph's memory. On CUDA only.
     """
@@ -100,6 +101,10 @@ def measure_reserve(runner: "ModelRunner") -> int:
     lens = [num_tokens // num_seqs + (i < num_tokens % num_seqs) for i in range(num_seqs)]
     lens = [min(length, config.max_model_len) for length in lens]
     runner.run_prefill(dummy_prefill(lens, runner.state.padding_row, runner.device))
+    if runner.graphs is None:  # at full length, of which a backend without kernels copies what it reads
+        rows = torch.full((config.max_num_seqs,), runner.state.padding_row, device=runner.device)
+        runner.state.num_cached_tokens.fill_(config.max_model_len - 1)
+        runner.run_decode(rows, config.max_model_len)
     runner.state.num_cached_tokens.zero_()  # or the padding row's next position would be past its block table
     torch.cuda.synchronize()
     reserve_bytes = torch.cuda.max_memory_allocated() - before
