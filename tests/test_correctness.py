@@ -77,11 +77,16 @@ def test_64_prompts_of_64_tokens_in_one_batch(checkpoints, family):
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if name not in FAMILIES])
 def test_odd_shapes(checkpoints, name):
-    checkpoint, prompts = checkpoints(name), many_prompts(32, seed=1)
-    llm = checkpoint.llm(max_num_batched_tokens=100)
-    watch = Watch(llm)
-    assert_matches(checkpoint, prompts, run(llm, prompts))
-    assert watch.num_chunks > 0
+    """All 64 in one batch, in chunks, and in a pool that is too small for them."""
+    checkpoint, prompts = checkpoints(name), many_prompts(seed=1)
+    for budget, num_blocks in ((16384, 600), (48, 600), (100, 40)):
+        llm = checkpoint.llm(max_num_batched_tokens=budget, num_kvcache_blocks=num_blocks)
+        llm.scheduler.completion_ratio = 0.1
+        watch = Watch(llm)
+        outputs = run(llm, prompts, greedy(ignore_eos=False))
+        assert_matches(checkpoint, prompts, outputs, eos=[EOS])
+        assert (watch.num_chunks > 0) == (budget < 16384)
+        assert (watch.num_preemptions > 0) == (num_blocks == 40)
 
 
 @pytest.mark.parametrize("name", [name for name, (_, shape) in SHAPES.items() if "rope_scaling" in shape])
@@ -378,9 +383,10 @@ def test_answers_are_a_prefix_too(checkpoints):
     assert found == (10 + 2 * 43 - 4) // 16 * 16  # the last token of an answer was never computed
 
 
-def test_prefix_cache_survives_preemption_and_eviction(checkpoints):
+@pytest.mark.parametrize("name", SHAPES)
+def test_prefix_cache_survives_preemption_and_eviction(checkpoints, name):
     """Few blocks, many requests with shared beginnings: hits, evictions and preemptions at once."""
-    checkpoint = checkpoints("qwen3")
+    checkpoint = checkpoints(name)
     prompts = [prompt for seed in (12, 13) for prompt in prefix_prompts(16, seed)]
     random.Random(14).shuffle(prompts)
     llm = checkpoint.llm(num_kvcache_blocks=24, max_num_batched_tokens=60)
