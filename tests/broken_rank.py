@@ -58,14 +58,14 @@ def install(patch: Callable[[Any, str, Any], None] = setattr) -> None:
         patch(ModelRunner, name, breaking(getattr(ModelRunner, name)))
 
 
-def start_workers_with_it(patch: Callable[[Any, str, Any], None]) -> list[subprocess.Popen]:
-    """The list that every worker is added to when it starts."""
+def start_workers_with_it(patch: Callable[[Any, str, Any], None], program: str = __file__) -> list[subprocess.Popen]:
+    """The list that every worker is added to when it starts, with this file or another in place of engine/worker.py."""
     popen, workers = subprocess.Popen, []
 
     def start(command: list[str], *args: Any, **kwargs: Any) -> subprocess.Popen:
         if command[1:3] != ["-m", "nanovllm.engine.worker"]:  # a compiler that Triton starts
             return popen(command, *args, **kwargs)
-        workers.append(popen([sys.executable, __file__, *command[3:]], *args, **kwargs))
+        workers.append(popen([sys.executable, program, *command[3:]], *args, **kwargs))
         return workers[-1]
 
     patch(subprocess, "Popen", start)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import broken_rank
 import numpy as np
 import pytest
 import torch
@@ -33,7 +35,7 @@ from helpers import (
 )
 
 from nanovllm import LLM, AsyncLLM, EngineDeadError, SamplingParams
-from nanovllm.engine import batch, engine_core, worker_group
+from nanovllm.engine import batch, engine_core, kv_cache, worker_group
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_channel import FIELDS, StepChannel, max_step_size
@@ -155,6 +157,45 @@ def test_a_callable_that_raises_leaves_the_ranks_in_step(qwen3):
             llm.generate(prompts, SamplingParams(max_tokens=9, logits_processors=[fail]), use_tqdm=False)
         assert_idle(llm)
         assert_matches(qwen3, prompts, llm.generate(prompts, greedy(20), use_tqdm=False), 20)
+
+
+WORKER = """
+import json, sys, torch
+from nanovllm.engine import kv_cache, worker
+from nanovllm.engine.model_runner import ModelRunner
+free_bytes, path = json.loads({settings!r})
+kv_cache.free_ram_bytes = lambda: free_bytes
+loop = ModelRunner.loop
+def loop_and_tell(self, next_step):
+    with open(path, "w") as file:
+        json.dump([self.num_kvcache_blocks, self.kv_cache.shape[2], self.block_size, torch.get_num_threads()], file)
+    loop(self, next_step)
+ModelRunner.loop = loop_and_tell
+worker.main()
+"""
+
+
+def test_every_rank_has_the_blocks_of_the_poorest_and_its_share_of_the_cores(qwen3, monkeypatch, tmp_path):
+    with qwen3.llm() as alone:
+        rank_bytes = alone.model_runner.block_bytes // 2
+    free_bytes = int(50.5 * rank_bytes * 2 / kv_cache.CPU_CACHE_SHARE)  # for 50 blocks on each of two ranks
+    (tmp_path / "worker.py").write_text(WORKER.format(settings=json.dumps([free_bytes, str(tmp_path / "told")])))
+    broken_rank.start_workers_with_it(monkeypatch.setattr, str(tmp_path / "worker.py"))
+    monkeypatch.setattr(kv_cache, "free_ram_bytes", lambda: 10 * free_bytes)
+    monkeypatch.setattr(threads, "num_cores", lambda: 6)  # so that a third is something else than one
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(6)
+    try:
+        with qwen3.llm(tensor_parallel_size=2, num_kvcache_blocks=-1, max_num_seqs=64) as llm:
+            assert llm.model_runner.num_kvcache_blocks == llm.block_manager.num_blocks == 50
+            assert torch.get_num_threads() == 3
+            wait_until((tmp_path / "told").exists)
+            prompts = many_prompts(3, seed=8)
+            assert_matches(qwen3, prompts, llm.generate(prompts, greedy(8), use_tqdm=False), 8)
+            told = json.loads((tmp_path / "told").read_text())
+            assert told == [50, 51, llm.config.kvcache_block_size, 3]
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def test_two_engines_at_once_and_one_after_the_other(checkpoints):
