@@ -139,7 +139,7 @@ def test_a_lost_rank_ends_the_engine_and_gives_its_memory_back(
     left = [a - b for a, b in zip(used_bytes(), before)]
     record_property("bytes left", left)
     assert max(left) <= MEMORY_SLACK
-    if fault == signal.SIGSTOP:
+    if fault != signal.SIGKILL or enforce_eager:
         return
     with model.llm(tensor_parallel_size=2, **options) as new:
         assert len(new.generate([[1, 2, 3]], SamplingParams(max_tokens=5, ignore_eos=True))[0]["token_ids"]) == 5
