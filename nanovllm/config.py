@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ SIZES = (
 MAX_NUM_SEQS = 2**16  # each has a permanent row, taken at the start
 
 
-@strict_kwargs
+@partial(strict_kwargs, called="LLM")
 @dataclass(frozen=True)
 class Config:
     """Engine settings; never changed after construction.

@@ -167,7 +167,7 @@ class SamplingParams:
                 raise TypeError(f"logits_processors must be a list of callables, and contains {processor!r}")
         if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputsParams):
             raise TypeError(f"structured_outputs must be StructuredOutputsParams, got {self.structured_outputs!r}")
-        stop = [self.stop] if isinstance(self.stop, str) else check_list("stop", self.stop)
+        stop = [self.stop] if isinstance(self.stop, str) else check_list("stop", self.stop, "a string or a list")
         for text in stop:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop must be a non-empty string or a list of such, and contains {text!r}")
@@ -201,10 +201,10 @@ class SamplingParams:
         )  # fmt: skip
 
 
-def check_list(name: str, value: Any) -> list[Any]:
+def check_list(name: str, value: Any, expected: str = "a list") -> list[Any]:
     """`value` as a list, None as an empty one; raises TypeError for anything else."""
     if value is None:
         return []
     if not isinstance(value, (list, tuple, set, frozenset)):
-        raise TypeError(f"{name} must be a list, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be {expected}, got {value!r} of type {type(value).__name__}")
     return list(value)

@@ -14,6 +14,7 @@ from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.structured import GrammarCompiler
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.validation import check_bool
 
 
 class TextPrompt(TypedDict):
@@ -109,6 +110,8 @@ class InputProcessor:
         more = {} if chat_template_kwargs is None else chat_template_kwargs
         if not isinstance(more, dict):
             raise TypeError(f"chat_template_kwargs must be a dict, got {more!r} of type {type(more).__name__}")
+        for name in ("add_generation_prompt", "continue_final_message"):
+            check_bool(name, kwargs[name])
         kwargs["tokenize"] = False
         if taken := sorted(set(more) & {"conversation", *kwargs}):
             raise ValueError(f"chat_template_kwargs contains {taken}, which is no variable of the template's own")
@@ -234,8 +237,12 @@ class InputProcessor:
 def flatten_content(message: dict[str, Any]) -> dict[str, Any]:
     """A message whose content is OpenAI's list of parts, with their texts as one; templates would print the list."""
     content = message.get("content")
-    if not isinstance(content, (list, tuple)):
+    if isinstance(content, str) or (content is None and set(message) - {"role", "content"}):  # tool calls, say
         return message
+    if not isinstance(content, (list, tuple)):
+        raise TypeError(
+            f"the content of a message must be a string or a list of parts, got {content!r} from {message['role']!r}"
+        )
     texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in content]
     if wrong := [part for part, text in zip(content, texts, strict=True) if not isinstance(text, str)]:
         raise ValueError(f"the content of a message has a part that is no text: {wrong[0]!r}; only text is understood")

@@ -39,8 +39,11 @@ def check_bool(name: str, value: Any) -> bool:
     return value
 
 
-def strict_kwargs(cls: type) -> type:
-    """Class decorator for a dataclass: an unknown keyword is a TypeError that suggests the nearest field."""
+def strict_kwargs(cls: type, called: str | None = None) -> type:
+    """Class decorator for a dataclass: an unknown keyword is a TypeError that suggests the nearest field.
+
+    Users know the class as what is `called` so; its own name, if absent.
+    """
     names = [field.name for field in dataclasses.fields(cls) if field.init]
     init = cls.__init__  # type: ignore[misc]
 
@@ -48,9 +51,11 @@ def strict_kwargs(cls: type) -> type:
     def checked(self, *args, **kwargs):
         for key in kwargs:
             if key not in names:
-                near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+                near = difflib.get_close_matches(key.lower(), names, n=1, cutoff=0.8)  # a slip of the pen
+                if not near:  # an abbreviation, perhaps
+                    near = [name for name in names if all(part in name for part in key.split("_"))]
                 hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(names)}"
-                raise TypeError(f"{cls.__name__} has no argument {key!r}: {hint}")
+                raise TypeError(f"{called or cls.__name__} has no argument {key!r}: {hint}")
         init(self, *args, **kwargs)
 
     cls.__init__ = checked  # type: ignore[misc]
