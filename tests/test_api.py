@@ -26,6 +26,7 @@ from helpers import (
     greedy,
     make_tokenizer,
     many_prompts,
+    random_prompt,
     replaced,
     wait_until,
 )
@@ -135,6 +136,20 @@ def test_an_output_knows_how_much_of_its_prompt_was_cached(qwen3):
     llm, prompt = qwen3.llm(), list(range(1, 41))
     outputs = [llm.generate(prompt, greedy(1), use_tqdm=False)[0] for _ in range(2)]
     assert [output.num_cached_tokens for output in outputs] == [0, 32]  # blocks of 16, and the last token is computed
+
+
+def test_what_a_preempted_request_left_in_the_cache_is_no_cached_prompt(qwen3):
+    """It finds its own blocks when it comes back; the prompts have nothing in common, but for the last two."""
+    llm = qwen3.llm(num_kvcache_blocks=16, max_num_batched_tokens=64)
+    llm.scheduler.completion_ratio = 0.0  # it admits more than will fit
+    watch, rng = Watch(llm), random.Random(0)
+    prompts = [random_prompt(rng, 33) for _ in range(5)]
+    prompts.append(prompts[4])
+    params = SamplingParams(temperature=0, max_tokens=80, logit_bias={EOS: -100})
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert [output.num_cached_tokens for output in outputs] == [0, 0, 0, 0, 0, 32]
+    again = [seq.seq_id for seq in watch.seqs.values() if seq.num_preemptions]
+    assert any(step.prefix_cached.get(seq_id) for step in watch.steps for seq_id in again[:-1])
 
 
 def test_a_callable_without_a_signature(qwen3):

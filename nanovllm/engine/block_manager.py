@@ -93,6 +93,8 @@ class BlockManager:
         seq.num_hashed_blocks = len(hits)
         seq.parent_uid = hits[-1].uid if hits else seq.cache_salt
         seq.num_cached_tokens = seq.num_prefix_cached_tokens = len(hits) * self.block_size
+        if seq.num_cached_prompt_tokens is None:  # a preempted one finds what it has left there itself
+            seq.num_cached_prompt_tokens = seq.num_cached_tokens
         self.may_append(seq)
 
     def can_append(self, num_blocks: int) -> bool:

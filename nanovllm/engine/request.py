@@ -105,7 +105,7 @@ class Request:
     def output(self) -> RequestOutput:
         """Everything there is of it so far."""
         # Of the first completion: the others share its prompt, so of theirs it says nothing.
-        self.metrics.num_cached_prompt_tokens = self.seqs[0].num_prefix_cached_tokens
+        self.metrics.num_cached_prompt_tokens = self.seqs[0].num_cached_prompt_tokens or 0
         self.metrics.num_preemptions = sum(seq.num_preemptions for seq in self.seqs)
         return RequestOutput(
             request_id=self.request_id,

@@ -57,7 +57,8 @@ class Sequence:
     num_hashed_blocks: int = field(default=0, init=False)  # leading entries of block_table that are registered
     parent_uid: int | str = field(init=False)  # identity of the last registered block, the salt for none
     reads_cache: bool = field(init=False)  # may begin with cached blocks
-    num_prefix_cached_tokens: int = field(default=0, init=False)  # prompt tokens found in the cache at the admission
+    num_prefix_cached_tokens: int = field(default=0, init=False)  # found in the cache at the latest admission
+    num_cached_prompt_tokens: int | None = field(default=None, init=False)  # at the first, before any tokens of its own
     # What the sampling parameters mean for a step.
     is_plain: bool = field(init=False)  # draws from softmax(logits / temperature), and nothing else is asked for
     reads_tokens: bool = field(init=False)  # draws depend on the tokens before them
