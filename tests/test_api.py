@@ -450,6 +450,15 @@ def test_bad_chats(llm, chat_llm):
             chat_llm.chat(messages, use_tqdm=False)
     with pytest.raises(TypeError, match="templat"):
         chat_llm.chat([{"role": "user", "content": "hi"}], templat="x")
+    for name in ("add_generation_prompt", "continue_final_message"):
+        with pytest.raises(TypeError, match=f"{name} must be True or False, got 'no'"):
+            chat_llm.chat([{"role": "user", "content": "hi"}], use_tqdm=False, **{name: "no"})
+    for message in ({"role": "user", "content": None}, {"role": "user"}, {"role": "user", "content": 5}):
+        with pytest.raises(TypeError, match=r"content of a message must be a string .*, got (None|5) from 'user'"):
+            chat_llm.chat([message], use_tqdm=False)
+    call = {"role": "assistant", "content": None, "tool_calls": []}
+    template = "{{ messages[0].tool_calls }}"
+    assert chat_llm.chat_prompts([call], chat_template=template)[0]["prompt"] == "[]", "a call needs no content"
     assert_idle(chat_llm)
 
 

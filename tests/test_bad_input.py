@@ -257,7 +257,6 @@ def test_bad_sampling_params(field, value, error):
         ("temp", "temperature"),
         ("max_token", "max_tokens"),
         ("max_new_tokens", "max_tokens"),
-        ("ignore_eos_token", "ignore_eos"),
         ("ignoreeos", "ignore_eos"),
     ],
 )
@@ -266,9 +265,15 @@ def test_an_unknown_sampling_param_suggests_the_nearest(name, nearest):
         SamplingParams(**{name: 1})
 
 
-def test_an_unknown_sampling_param_like_no_other_lists_the_names():
-    with pytest.raises(TypeError, match=r"'zzz'.*temperature.*ignore_eos.*max_tokens"):
-        SamplingParams(zzz=1)
+@pytest.mark.parametrize("name", ["zzz", "best_of", "length_penalty", "output_kind", "truncate_prompt_tokens"])
+def test_an_unknown_sampling_param_like_no_other_lists_the_names(name):
+    with pytest.raises(TypeError, match=rf"'{name}': known names: .*temperature.*ignore_eos.*max_tokens"):
+        SamplingParams(**{name: 1})
+
+
+def test_stop_may_be_a_string_or_a_list():
+    with pytest.raises(TypeError, match="stop must be a string or a list, got 5 of type int"):
+        SamplingParams(stop=5)
 
 
 def test_good_sampling_params():
@@ -321,6 +326,13 @@ def test_bad_lists_of_sampling_params(llm, params, error, match):
 
 
 @pytest.mark.usefixtures("unharmed")
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_use_tqdm_is_a_bool(llm, value):
+    with pytest.raises(TypeError, match="use_tqdm must be True or False"):
+        llm.generate([[1]], greedy(4), use_tqdm=value)
+
+
+@pytest.mark.usefixtures("unharmed")
 def test_params_without_prompts(llm):
     with pytest.raises(ValueError, match="0 and 1"):
         llm.generate([], [SamplingParams()], use_tqdm=False)
@@ -343,8 +355,19 @@ def test_params_without_prompts(llm):
     ],
 )
 def test_an_unknown_engine_argument_suggests_the_nearest(qwen3, name, nearest):
-    with pytest.raises(TypeError, match=rf"has no argument '{name}'.*'{nearest}'"):
+    with pytest.raises(TypeError, match=rf"LLM has no argument '{name}'.*'{nearest}'"):
         LLM(str(qwen3.path), **{name: 1})
+
+
+@pytest.mark.parametrize("name", ["quantization", "pipeline_parallel_size", "kv_cache_dtype"])
+def test_an_unknown_engine_argument_like_no_other_lists_the_names(qwen3, name):
+    with pytest.raises(TypeError, match=rf"LLM has no argument '{name}': known names: model, .*seed"):
+        LLM(str(qwen3.path), **{name: 1})
+
+
+def test_an_engine_without_a_model():
+    with pytest.raises(TypeError, match=r"^LLM.__init__\(\) missing .* 'model'"):
+        LLM()
 
 
 @pytest.mark.parametrize("name", ["hf_config", "eos_token_ids", "trust_remote_code", "zzz"])

@@ -74,6 +74,8 @@ class EngineCore:
             config.attention_backend, num_blocks, num_blocks * block_size, perf_counter() - start,
         )  # fmt: skip
 
+    __init__.__qualname__ = "LLM.__init__"  # as Python's own errors call it
+
     # ---- one request, one step ----
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:

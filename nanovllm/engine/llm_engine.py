@@ -12,6 +12,7 @@ from nanovllm.engine.input_processor import Prompt
 from nanovllm.engine.request import Call, Request
 from nanovllm.outputs import RequestOutput, StreamDelta
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.validation import check_bool
 
 
 class LLMEngine(EngineCore):
@@ -40,6 +41,7 @@ class LLMEngine(EngineCore):
             Whatever one of this call's `logits_processors` raised.
             Whatever interrupts the loop, Ctrl-C included: it propagates, and this call's requests are gone.
         """
+        check_bool("use_tqdm", use_tqdm)
         requests = self.input_processor.make_requests(prompts, sampling_params)
         return self._run(requests, use_tqdm)
 
