@@ -10,6 +10,8 @@ PROCESS_START = perf_counter()  # before the imports, which are part of starting
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +69,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--host-profile, --profile and --plot work with nanovllm only")
     if args.plot and args.output_len == (1, 1):
         parser.error("--plot is about decoding: --output-len must be above 1")
-    if args.repeats < 1:
-        parser.error("--repeats must be at least 1")
+    for name in ("repeats", "num_seqs"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return args
 
 
@@ -82,11 +85,14 @@ def span(text: str) -> Span:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
-    device = resolve_device(args.device)
-    model = str(find_checkpoint(args.model or default_model(device)))
-    hf_config = load_hf_config(Path(model))
-    dtype = resolve_dtype(args.dtype, device, hf_config)
-    cases = make_cases(args, device, hf_config.vocab_size)
+    with errors_in_one_line():
+        device = resolve_device(args.device)
+        model = str(find_checkpoint(args.model or default_model(device)))
+        hf_config = load_hf_config(Path(model))
+        dtype = resolve_dtype(args.dtype, device, hf_config)
+        cases = make_cases(args, device, hf_config.vocab_size)
+        if not args.host_profile:  # which has lengths of its own
+            check_lengths(cases, args.max_model_len, hf_config)
     report: dict[str, Any] = {
         "model": Path(model).name,
         "dtype": str(dtype).removeprefix("torch."),
@@ -103,7 +109,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         args.num_kvcache_blocks = 1  # the model will not run, so there need not be a cache
     engines: list[Engine] = []
     for name in args.engines:
-        engines.append(ENGINES[name](model, device, dtype, args))
+        with errors_in_one_line():
+            engines.append(ENGINES[name](model, device, dtype, args))
         engines[-1].generate(Case("first token", [[1] * 16], [1], 2), args.temperature)
         if len(engines) == 1:
             report["first_token_s"] = round(perf_counter() - PROCESS_START, 2)
@@ -121,6 +128,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print_results(report, args)
     print(json.dumps(report))
     return report
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """For what the command line asks for and cannot have; an error while something runs keeps its traceback."""
+    try:
+        yield
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")
 
 
 def default_model(device: torch.device) -> str:
@@ -149,6 +165,18 @@ def make_cases(args: argparse.Namespace, device: torch.device, vocab_size: int) 
         )
         for name, num_seqs, input_len, output_len in shapes
     ]
+
+
+def check_lengths(cases: list[Case], max_model_len: int, hf_config: Any) -> None:
+    """Engines would end what is longer before its time, or refuse it, when other cases have run already."""
+    model_len = min(max_model_len, getattr(hf_config, "max_position_embeddings", max_model_len))
+    for case in cases:
+        needed = max(len(prompt) + output_len for prompt, output_len in zip(case.prompts, case.output_lens))
+        if needed > model_len:
+            raise ValueError(
+                f"a request of {case.name!r} has {needed} tokens in and out, and max_model_len={model_len} (the lesser "
+                "of --max-model-len and the model's own): choose shorter ones by --input-len and --output-len"
+            )
 
 
 def profile(engine: Engine, case: Case, args: argparse.Namespace, report: dict[str, Any]) -> None:

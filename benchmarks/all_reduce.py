@@ -103,12 +103,13 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--repeats", type=int, default=30)
     args = parser.parse_args()
+    device = machine.cuda_device(2)
     unique_id = make_unique_id()
     peer = multiprocessing.get_context("spawn").Process(target=run_rank, args=(1, unique_id, args), daemon=True)
     peer.start()
     results = run_rank(0, unique_id, args)
     peer.join()
-    report = {"device": machine.device_name(torch.device("cuda")), "versions": machine.versions()}
+    report = {"device": machine.device_name(device), "versions": machine.versions()}
     print(json.dumps({**report, "commit": machine.git_commit(), "microseconds": results}))
     columns = list(results[0])
     print(" | ".join(columns))

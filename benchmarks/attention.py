@@ -106,7 +106,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=12)
     args = parser.parse_args()
-    device = torch.device("cuda")
+    device = machine.cuda_device()
     report: dict[str, Any] = {"device": machine.device_name(device), "versions": machine.versions(), "results": []}
     report["commit"] = machine.git_commit()
     cases = [

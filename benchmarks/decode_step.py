@@ -67,8 +67,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=900, metavar="TOKENS", help="mean, with --num-seqs; default 900")
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
+    device = machine.cuda_device()
     cases = [(rows, args.context) for rows in args.num_seqs] if args.num_seqs else CASES
-    device = torch.device("cuda")
     report = {"device": machine.device_name(device), "versions": machine.versions(), "commit": machine.git_commit()}
     llm = LLM(args.model, max_num_seqs=256, gpu_memory_utilization=0.92)
     backend: Any = llm.model_runner.backend

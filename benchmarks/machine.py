@@ -5,12 +5,20 @@ import os
 import platform
 import resource
 import subprocess
+import sys
 from pathlib import Path
 from time import perf_counter
 
 import torch
 
 PACKAGES = ("torch", "triton", "transformers", "flash-attn", "vllm")
+
+
+def cuda_device(num_devices: int = 1) -> torch.device:
+    """The current GPU, for a benchmark that runs on `num_devices` of them and on nothing else."""
+    if torch.cuda.device_count() < num_devices:
+        sys.exit("error: this needs " + ("a CUDA device" if num_devices == 1 else f"{num_devices} CUDA devices"))
+    return torch.device("cuda")
 
 
 def copy_bytes_per_s(device: torch.device, num_bytes: int | None = None, repeats: int = 10) -> float:

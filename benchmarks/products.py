@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=3, help="how many of the best to print")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all times there")
     args = parser.parse_args()
+    device = machine.cuda_device()
     named = [(model, name, shape) for model in args.model for name, shape in SHAPES[model].items()]
     cases = [(model, name, rows, *shape) for model, name, shape in named for rows in args.rows]
     jobs: dict[Any, Any] = {}
@@ -167,7 +168,7 @@ def main() -> None:
         )
         print(f"{model:5} {name:8} {rows:4} rows, read {read:6.2f}, cuBLAS {base:6.2f} | {best}", flush=True)
         del weights
-    report = {"device": machine.device_name(torch.device("cuda")), "versions": machine.versions(), "results": results}
+    report = {"device": machine.device_name(device), "versions": machine.versions(), "results": results}
     if args.json:
         args.json.write_text(json.dumps({**report, "commit": machine.git_commit()}))
 

@@ -3,9 +3,12 @@
 import importlib.util
 import json
 import random
+import re
+import sys
 from random import randint
 
 import pytest
+import torch
 
 import bench
 from benchmarks.profiling import kernel_table
@@ -112,8 +115,35 @@ def test_kernel_table_counts_overlap_once():
     assert kernel_table({"traceEvents": []}, num_steps=1) == "the trace has no GPU kernels"
 
 
-@pytest.mark.parametrize("argv", [["--input-len", "9-3"], ["--repeats", "0"], ["--profile", "x", "--engine", "vllm"]])
+@pytest.mark.parametrize(
+    "argv",
+    [["--input-len", "9-3"], ["--repeats", "0"], ["--num-seqs", "0"], ["--profile", "x", "--engine", "vllm"]],
+)
 def test_bad_arguments(argv, capsys):
     with pytest.raises(SystemExit):
         bench.main(argv)
-    assert "error" in capsys.readouterr().err
+    assert re.search(f"error: .*{argv[0]}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--model", "nosuch"], "'nosuch' is neither a directory here nor a hub id"),
+        (["--engine", "vllm"], "vllm"),
+        (["--attention-backend", "triton"], "attention_backend='triton'.*CUDA"),
+        (["--workload", "bs1"], "'bs1' has 640 tokens in and out, and max_model_len=512 "),
+        (["--max-model-len", "40"], "'one request' has 48 tokens in and out, and max_model_len=40 "),
+    ],
+)
+def test_what_cannot_run_is_told_in_one_line(run, monkeypatch, argv, message):
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not installed, where it is
+    with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
+        run(*argv)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("num_devices", "message"), [(1, "error: this needs a CUDA device"), (2, "2 CUDA devices")])
+def test_a_benchmark_of_gpus_without_any(monkeypatch, num_devices, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit, match=message):
+        bench.machine.cuda_device(num_devices)
