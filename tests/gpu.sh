@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# All tests that need a GPU, those that may share one at the same time; logs and a summary in the given folder.
+# All tests that need a GPU, those that may share one at the same time; logs in the given folder, or in a new one.
 #   tests/gpu.sh [LOGS]        needs pytest-xdist and some 70 GB of GPU memory; the last three parts need two GPUs
 set -uo pipefail
 cd "$(dirname "$0")/.."
-logs=$(realpath -m "${1:-/tmp/gpu-tests}")
+logs=$(realpath -m "${1:-$(mktemp -d)}")
 mkdir -p "$logs"
+echo "logs in $logs"
 rm -f "$logs"/failed.*
 
 run() { # NAME, arguments of pytest
