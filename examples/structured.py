@@ -33,13 +33,8 @@ def main() -> None:
 
     person = json.loads(ask("Describe Marie, 41, from Lyon, as JSON.", json=PERSON))
     print(f"{person['name']}, {person['age']}, speaks {' and '.join(person['languages'])}")
-    print(
-        "Sentiment:",
-        ask("'I loved every minute of it.' Is that positive or negative?", choice=["positive", "negative"]),
-    )
-    print(
-        "Date:", ask("When did men first land on the moon? Write it as YYYY-MM-DD.", regex="[0-9]{4}-[0-9]{2}-[0-9]{2}")
-    )
+    print("Language:", ask("Which language is 'Guten Morgen'?", choice=["English", "French", "German"]))
+    print("Year:", ask("In which year did men first land on the moon?", regex="[0-9]{4}"))
 
 
 if __name__ == "__main__":
