@@ -20,7 +20,7 @@ from helpers import (
     make_tokenizer,
     many_prompts,
 )
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
 
@@ -282,6 +282,26 @@ def test_ids_past_the_tokenizers_vocabulary(llm):
     assert output.outputs[0].logprobs[0][VOCAB_SIZE - 1].decoded_token == ""
     (output,) = llm.generate([VOCAB_SIZE - 1], SamplingParams(max_tokens=2, prompt_logprobs=1), use_tqdm=False)
     assert len(output.prompt_logprobs) == 1
+
+
+def test_ids_above_a_hole_in_the_vocabulary(qwen3, tmp_path):
+    """Fewer ids than the highest one says: what is above their number is text all the same."""
+    path = copy_checkpoint(qwen3.path, tmp_path / "holes")
+    for file in path.glob("*token*"):
+        file.unlink()
+    vocab = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab={**vocab, "hello": 280}, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    assert len(tokenizer) < 280
+    tokenizer.save_pretrained(path)
+    llm = LLM(str(path), device="cpu", max_model_len=128, max_num_seqs=16)
+    b, exclamation = vocab["b"], vocab["!"]
+    for stop in ([], ["o!"]):
+        _, output = forced(llm, [b, 280, 270, 290, 280, exclamation], logprobs=0, stop=stop)
+        assert output["text"] == ("bhellohell" if stop else "bhellohello!")
+        decoded = [next(iter(entry.values())).decoded_token for entry in output.outputs[0].logprobs]
+        assert decoded == ["b", "hello", "", "", "hello", "!"]
 
 
 def test_special_tokens_and_detokenize(llm):

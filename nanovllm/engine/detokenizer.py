@@ -16,7 +16,6 @@ class Detokenizer:
         self.num_emitted = 0  # characters given out by `take`
         # A stop string may begin in what is already there: that much is held back until it is known not to.
         self.held_back = 0 if params.include_stop_str_in_output else max(map(len, params.stop_strings), default=1) - 1
-        self._known_ids = len(tokenizer)
         self.reset()
 
     def reset(self) -> None:
@@ -36,8 +35,6 @@ class Detokenizer:
         return False
 
     def _append(self, token_id: int) -> bool:
-        if not 0 <= token_id < self._known_ids:  # an embedding is often padded beyond the tokenizer's vocabulary
-            return False
         self._pending.append(token_id)
         piece = self._step(token_id)
         if not piece:
@@ -100,10 +97,13 @@ def full_text(tokenizer: Any, token_ids: list[int], params: SamplingParams) -> s
 
 
 def decode(tokenizer: Any, token_ids: list[int], params: SamplingParams) -> str:
-    """The text of a completion in one go."""
-    known = len(tokenizer)
+    """The text of a completion in one go.
+
+    An embedding is often padded beyond the tokenizer's vocabulary, which may have holes too: the tokenizers library,
+    here as in a stream, passes over ids that it does not know.
+    """
     return tokenizer.decode(
-        [token_id for token_id in token_ids if 0 <= token_id < known],
+        token_ids,
         skip_special_tokens=params.skip_special_tokens,
         spaces_between_special_tokens=params.spaces_between_special_tokens,
         clean_up_tokenization_spaces=False,  # it looks ahead, which a stream cannot

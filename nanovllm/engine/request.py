@@ -156,4 +156,4 @@ class Request:
         return found
 
     def _decode(self, token_id: int) -> str:
-        return self.tokenizer.decode([token_id]) if token_id < len(self.tokenizer) else ""
+        return self.tokenizer.decode([token_id])
