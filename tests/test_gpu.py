@@ -441,7 +441,7 @@ def test_the_cache_is_sized_from_free_memory_and_given_back(model, backend, reco
         llm.generate(prompts, [greedy(n) for n in lengths], use_tqdm=False)
         beyond.append(used_bytes() - share * total)
         record_property("bytes beyond the share", beyond)
-        assert max(beyond) < 2**28
+        assert max(beyond) < 2**27
     del llm
     gc.collect()
     torch.cuda.empty_cache()
@@ -470,6 +470,7 @@ def test_any_thread_may_use_an_engine_on_any_gpu(model, backend):
     with model.llm(device="cuda:1", **kwargs) as second, model.llm(device="cuda:0", **kwargs) as first:
         assert torch.cuda.current_device() == 0
         found: list[list[torch.Tensor]] = []
+        replays = Replays(first), Replays(second)
 
         def use() -> None:
             found.extend(teacher_forced(llm, prompts, completions) for llm in (second, first, second))
@@ -483,7 +484,7 @@ def test_any_thread_may_use_an_engine_on_any_gpu(model, backend):
         for logprobs in found:
             assert max_difference(logprobs, expected) < TOLERANCE
         assert second.model_runner.state.last_token.device.index == 1
-        assert second.model_runner.graphs.graphs
+        assert all(of_one.sizes for of_one in replays)
 
 
 def test_a_buffer_made_in_inference_mode_serves_outside_of_it():

@@ -78,9 +78,10 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtyp
 def assert_attends(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
     """[T, heads, head_dim], as a part of each head's largest output: over a long context all of them are small.
 
-    In 16 bits weights are rounded before their sum, and both outputs: 2^-7 in bfloat16, 2^-10 in float16, at worst.
+    In 16 bits weights are rounded before their sum, and both outputs: 2^-7 in bfloat16, 2^-10 in float16, at worst. In
+    float32 sums of 32,000 keys in two orders differ by 2^-16.
     """
-    tolerance = {torch.float32: 2**-16, torch.float16: 2**-9, torch.bfloat16: 2**-6}[dtype]
+    tolerance = {torch.float32: 2**-14, torch.float16: 2**-9, torch.bfloat16: 2**-6}[dtype]
     difference = (actual.float() - expected.float()).abs().amax(-1)
     share = (difference / expected.float().abs().amax(-1).clamp(min=1e-30)).max().item() if actual.numel() else 0.0
     assert share <= tolerance, f"off by {share / tolerance:.2f} of what is allowed"
