@@ -69,14 +69,16 @@ class _EngineThread(threading.Thread):
             self.streams += [stream for what, stream in orders if what == "add"]
             try:
                 self.obey(orders)
-                with self.llm._exclusive():
-                    self.llm._step()
-                    news = [(stream, stream.take()) for stream in self.streams]
-                for stream, items in news:
+                for stream, items in self.llm._exclusive(self.advance):
                     self.deliver(stream, items)
             except BaseException as error:  # whoever waits hears of it, and we go on
                 self.end(self.streams, error)
         self.end([*self.streams, *(stream for what, stream in self.orders)], RuntimeError("the engine was closed"))
+
+    def advance(self) -> list[tuple[_Stream, list[Any]]]:
+        """One step, and what is new of each stream."""
+        self.llm._step()
+        return [(stream, stream.take()) for stream in self.streams]
 
     def obey(self, orders: Iterable[tuple[str, _Stream]]) -> None:
         for what, stream in orders:

@@ -528,10 +528,13 @@ def test_threads_get_their_own_results(qwen3):
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
     with replaced(llm, "_enqueue", counted):
-        with llm._lock.held():  # none begins before all are there
+
+        def start() -> None:
             for thread in threads:
                 thread.start()
             wait_until(lambda: len(have_come) == 3)
+
+        llm._lock.hold(start)  # none begins before all are there
         for thread in threads:
             thread.join(HANGING_S)
     assert len(results) == 3
@@ -548,22 +551,24 @@ def test_the_lock_is_had_in_turn():
 
     def work(name: str) -> None:
         while not is_over.is_set():
-            with lock.held():
-                turns.append(name)
+            lock.hold(lambda: turns.append(name))
 
-    with lock.held():
-        threads = [threading.Thread(target=work, args=(name,)) for name in "ab"]
+    def wait_for_one_inside() -> int:
+        while lock._turnstile.acquire(blocking=False):
+            lock._turnstile.release()
+        return len(turns)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in "ab"]
+
+    def start() -> None:
         for thread in threads:
             thread.start()
-        while lock._turnstile.acquire(blocking=False):  # until one of them waits inside
-            lock._turnstile.release()
+        wait_for_one_inside()
+
+    lock.hold(start)
     for _ in range(100):
-        with lock.held():
-            num_turns = len(turns)
-            while lock._turnstile.acquire(blocking=False):
-                lock._turnstile.release()
-        with lock.held():
-            assert len(turns) > num_turns, "the one inside the turnstile was passed"
+        num_turns = lock.hold(wait_for_one_inside)
+        assert lock.hold(lambda: len(turns)) > num_turns, "the one inside the turnstile was passed"
     is_over.set()
     for thread in threads:
         thread.join(HANGING_S)
@@ -573,23 +578,22 @@ def test_the_lock_is_had_in_turn():
 def test_the_lock_survives_ctrl_c_while_it_waits():
     lock, has_it, is_over, main = FairLock(), threading.Event(), threading.Event(), threading.get_ident()
 
-    def work() -> None:
-        with lock.held():
-            has_it.set()
-            while lock._turnstile.acquire(blocking=False):  # until the main thread waits inside
-                lock._turnstile.release()
-            signal.pthread_kill(main, signal.SIGINT)
-            is_over.wait(HANGING_S)
+    def interrupt() -> None:
+        has_it.set()
+        while lock._turnstile.acquire(blocking=False):  # until the main thread waits inside
+            lock._turnstile.release()
+        signal.pthread_kill(main, signal.SIGINT)
+        is_over.wait(HANGING_S)
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=lock.hold, args=(interrupt,))
     thread.start()
     assert has_it.wait(HANGING_S)
-    with pytest.raises(KeyboardInterrupt), lock.held():
-        pytest.fail("it was not waited for")
+    with pytest.raises(KeyboardInterrupt):
+        lock.hold(lambda: pytest.fail("it was not waited for"))
     assert not lock.is_mine
     is_over.set()
     thread.join(HANGING_S)
-    other = threading.Thread(target=lambda: lock.held().__enter__())  # which comes through the turnstile
+    other = threading.Thread(target=lock.hold, args=(lambda: None,))  # which comes through the turnstile
     other.start()
     other.join(HANGING_S)
     assert not other.is_alive()

@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import linecache
 import math
 import random
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -610,7 +612,7 @@ class InterruptAtLine:
 
     def __init__(self, n: int = 0):
         self.n, self.count = n, 0
-        self.where = "nowhere"
+        self.where, self.source = "nowhere", ""
 
     def __enter__(self) -> "InterruptAtLine":
         self.old = sys.gettrace()
@@ -628,6 +630,7 @@ class InterruptAtLine:
             self.count += 1
             if self.count == self.n:
                 self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
+                self.source = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
                 sys.settrace(None)
                 raise KeyboardInterrupt
         return self.on_line
@@ -661,8 +664,7 @@ class Scenario:
         llm = self.llm
         try:
             if not at_once:
-                with llm._exclusive():
-                    pass
+                llm._exclusive(lambda: None)
             if set(llm._requests) - set(others):
                 return "a request of the interrupted call is still there"
             if at_once:
@@ -834,6 +836,115 @@ def test_ctrl_c_where_a_stream_of_others_is_told(qwen3):
         assert tokens == expected["token_ids"], interrupt.where
         assert text == expected["text"], interrupt.where
     assert_idle(llm)
+
+
+class InterruptIn(InterruptAtLine):
+    """Only in the engine's functions of these names, and in contextlib on their way; also at "return"s, if asked to."""
+
+    def __init__(self, n: int, places: str, events: str = "line"):
+        super().__init__(n)
+        self.places, self.events = places.split(), events.split()
+
+    def on_call(self, frame: Any, event: str, arg: Any) -> Any:
+        place = frame.f_back if Path(frame.f_code.co_filename).name == "contextlib.py" else frame
+        return super().on_call(place, event, arg) if place.f_code.co_name in self.places else None
+
+    def on_line(self, frame: Any, event: str, arg: Any) -> Any:
+        return super().on_line(frame, "line" if event in self.events else "", arg)
+
+
+LOCK = "hold release _let_go _exclusive _in_order _enqueue _drop step abort _run _stream reset_prefix_cache"
+
+
+def at_lines(run: Callable[[InterruptAtLine], None], interrupts: Iterator[InterruptAtLine]) -> int:
+    """`run` with one interrupt after the other, until one finds no line to come at; how many came."""
+    for count, interrupt in enumerate(interrupts):
+        run(interrupt)
+        if interrupt.where == "nowhere":
+            return count
+    raise AssertionError("there is no end of it")
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_ctrl_c_while_a_stream_is_closed(qwen3, depth):
+    """None of its three requests goes on, and another one does."""
+    llm = qwen3.llm()
+    llm.depth = depth
+    (expected,) = llm.generate([[7]], greedy(4), use_tqdm=False)
+
+    def close(interrupt: InterruptAtLine) -> None:
+        stream = llm.stream([[1, 2], [3, 4], [5]], greedy(50))
+        next(stream)
+        other = llm.add_request([7], greedy(4))
+        with interrupt, contextlib.suppress(KeyboardInterrupt):
+            stream.close()  # type: ignore[attr-defined]
+        assert drain(llm, 8) == {other: expected["token_ids"]}, interrupt.where
+
+    assert at_lines(close, map(InterruptAtLine, range(1 + depth, 2000, 2))) > 50
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_ctrl_c_in_a_step_loses_no_result(qwen3, depth):
+    """What its caller did not get the next step reports, be it tokens or the exception of a callable."""
+    llm = qwen3.llm()
+    llm.depth = depth
+
+    def boom(output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        raise Boom
+
+    def loop(interrupt: InterruptAtLine) -> None:
+        params = [greedy(1), SamplingParams(logits_processors=[boom]), greedy(2), greedy(1)]
+        ids = [llm.add_request([i + 1, 2], params[i]) for i in range(4)]
+        done, num_failed, tracer = {}, 0, interrupt
+        while not llm.is_finished():
+            try:
+                with tracer:
+                    finished, _ = llm.step()
+                done.update(finished)
+            except Boom:
+                num_failed += 1
+            except KeyboardInterrupt:
+                tracer = InterruptAtLine()  # which comes no more
+        assert sorted(done) == [ids[0], ids[2], ids[3]], interrupt.where
+        assert num_failed == 1 or interrupt.source == "raise error", interrupt.where
+
+    places = f"{LOCK} advance _step _finish _report _abort_all take_finished"
+    assert at_lines(loop, (InterruptIn(n, places) for n in range(1, 2000))) > 100
+
+
+@pytest.mark.parametrize("use", ["generate", "stream", "close", "add_request", "step", "abort", "reset_prefix_cache"])
+def test_ctrl_c_leaves_the_lock_to_others(qwen3, use):
+    """Though somebody keeps the exception, as notebooks do, and with it all that its frames hold."""
+    llm = qwen3.llm(num_kvcache_blocks=10)
+
+    def interrupted(interrupt: InterruptAtLine) -> None:
+        request, stream = llm.add_request([7], greedy(3)), llm.stream([[1, 2], [3]], greedy(3))
+        next(stream)
+        uses: dict[str, Callable[[], Any]] = {
+            "generate": lambda: llm.generate([[1]], greedy(2), use_tqdm=False),
+            "stream": lambda: list(stream),
+            "close": stream.close,  # type: ignore[attr-defined]
+            "add_request": lambda: llm.add_request([5], greedy(1)),
+            "step": llm.step,
+            "abort": lambda: llm.abort(request),
+            "reset_prefix_cache": llm.reset_prefix_cache,
+        }
+        kept = None
+        with interrupt:
+            try:
+                uses[use]()
+            except KeyboardInterrupt as error:
+                kept = error
+        assert (kept is None) == (interrupt.where == "nowhere")
+        assert not llm._lock.is_mine, interrupt.where
+        other = threading.Thread(target=llm.abort, args=(request,), daemon=True)
+        other.start()
+        other.join(HANGING_S)
+        assert not other.is_alive(), interrupt.where
+        stream.close()  # type: ignore[attr-defined]
+        drain(llm)
+
+    assert at_lines(interrupted, (InterruptIn(n, LOCK, "line return") for n in range(1, 1000))) > 15
 
 
 @pytest.mark.parametrize("cleanup", ["_recover", "_drop"])

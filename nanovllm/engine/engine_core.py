@@ -5,11 +5,10 @@ import time
 import traceback
 import weakref
 from collections import abc, deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,6 +27,7 @@ from nanovllm.utils.loader import check_files
 from nanovllm.utils.validation import check_int
 
 logger = logging.getLogger("nanovllm")
+T = TypeVar("T")
 
 
 class EngineCore:
@@ -93,14 +93,23 @@ class EngineCore:
         """Schedule a batch, launch it, and take in the tokens of the step before.
 
         Returns the finished requests as (request id, token ids), one for each completion, and the number of tokens
-        computed. Raises what a request's `logits_processors` raised; that request has ended then.
+        computed. Raises what a request's `logits_processors` raised; that request has ended then. What Ctrl-C keeps
+        from the caller the next step reports, unless it strikes in the very moment of the return.
         """
-        with self._exclusive():
+        taken: dict[int, Request] = {}
+
+        def advance() -> tuple[int, Exception | None]:
             num_tokens = self._step() if self._requests else 0
-            finished = self._step_call.take_finished()
-        return [
-            (request.request_id, seq.completion_token_ids) for request in finished for seq in request.seqs
-        ], num_tokens
+            return num_tokens, self._step_call.take_finished(taken)
+
+        try:
+            num_tokens, error = self._exclusive(advance)
+            if error is None:
+                return [(i, seq.completion_token_ids) for i, req in taken.items() for seq in req.seqs], num_tokens
+        except BaseException:
+            self._step_call.finished.update(taken)
+            raise
+        raise error
 
     def is_finished(self) -> bool:
         """Whether every request is done and reported."""
@@ -115,22 +124,25 @@ class EngineCore:
         # A user's callable may ask in the middle of a step, and so may the garbage collector, when it finds a stream
         # that was left: then the step does it at its end. In an engine closed or dead there is nothing left to end.
         if self._finalizer.alive and self._death is None and not self._lock.is_mine:
-            with self._exclusive():
-                self._abort_all()
+            self._exclusive(self._abort_all)
 
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """Alone with the state of the requests, which is put in order first if the last one here was interrupted."""
+    def _exclusive(self, work: Callable[[], T]) -> T:
+        """`work()`, alone with the state of the requests."""
         self._check_not_in_step()
-        with self._lock.held(), torch.cuda.device(self._cuda_index):
+        return self._lock.hold(lambda: self._in_order(work))
+
+    def _in_order(self, work: Callable[[], T]) -> T:
+        """`work()`, with the state put in order first if the last one here was interrupted."""
+        with torch.cuda.device(self._cuda_index):
             self._check_alive()
             try:
                 is_in_order = not self._interrupted and not self._dropped
                 self._interrupted = True
                 if not is_in_order:
                     self._recover()
-                yield
+                result = work()
                 self._interrupted = False
+                return result
             except EngineDeadError as error:
                 self._death = error
                 raise
@@ -247,17 +259,19 @@ class EngineCore:
         self.scheduler.reset(survivors)
 
     def _enqueue(self, requests: list[Request], call: Call, stream: bool = False) -> None:
+        def start() -> None:
+            for request in requests:
+                request.call = call
+                call.unfinished.add(request.request_id)
+                request.start(stream)
+                self._requests[request.request_id] = request
+                for seq in request.seqs:
+                    self.scheduler.add(seq)
+
         self._check_not_in_step()
         self._check_alive()
         try:
-            with self._lock.held():
-                for request in requests:
-                    request.call = call
-                    call.unfinished.add(request.request_id)
-                    request.start(stream)
-                    self._requests[request.request_id] = request
-                    for seq in request.seqs:
-                        self.scheduler.add(seq)
+            self._exclusive(start)
         except BaseException:
             self._drop(requests)
             raise
@@ -273,16 +287,14 @@ class EngineCore:
         for request in requests:
             self._requests.pop(request.request_id, None)
         if self._death is None:  # else nothing is left to put in order
-            with self._exclusive():  # which recovers
-                pass
+            self._exclusive(lambda: None)  # which recovers
 
     # ---- the end ----
 
     def exit(self) -> None:
         """Give back memory and processes; harmless when repeated. The engine cannot be used afterwards."""
         self._check_not_in_step()
-        with self._lock.held():  # not in the middle of another thread's step
-            self._finalizer()
+        self._lock.hold(self._finalizer)  # not in the middle of another thread's step
 
     def _is_in_step(self) -> bool:
         """Whether this thread is inside `_step`, as a user's callable is.

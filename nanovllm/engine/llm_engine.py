@@ -101,38 +101,46 @@ class LLMEngine(EngineCore):
 
     def _stream(self, requests: list[Request]) -> Iterator[StreamDelta]:
         call = Call()
+
+        def advance() -> tuple[list[StreamDelta], list[Exception], bool]:
+            if call.unfinished:  # another thread's step may have finished the last
+                self._step()
+            return *call.take_deltas(), not call.unfinished
+
         try:
-            self._enqueue(requests, call, stream=True)
-            is_last = False
-            while not is_last:
-                with self._exclusive():
-                    if call.unfinished:  # another thread's step may have finished the last
-                        self._step()
-                    deltas, errors = call.take_deltas()
-                    is_last = not call.unfinished
-                yield from deltas
-                if errors:
-                    raise errors[0]
-        except GeneratorExit:
-            for request in requests:
-                self.abort(request.request_id)
+            try:
+                self._enqueue(requests, call, stream=True)
+                is_last = False
+                while not is_last:
+                    deltas, errors, is_last = self._exclusive(advance)
+                    yield from deltas
+                    if errors:
+                        raise errors[0]
+            except GeneratorExit:  # requests of others go on, which start over if these are dropped
+                for request in requests:
+                    self.abort(request.request_id)
         except BaseException:
             self._drop(requests)
             raise
 
     def _run(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
         call, outputs = Call(), {}
+        finished: dict[int, Request] = {}
+
+        def advance() -> Exception | None:
+            if call.unfinished:
+                self._step()
+            return call.take_finished(finished)
+
         progress = tqdm(total=len(requests), desc="Generating", unit="req", dynamic_ncols=True, disable=not use_tqdm)
         start, num_prompt, num_output = perf_counter(), 0, 0
         try:
             self._enqueue(requests, call)
             while call.unfinished or call.finished:
-                with self._exclusive():
-                    if call.unfinished:
-                        self._step()
-                    finished = call.take_finished()
+                if (error := self._exclusive(advance)) is not None:
+                    raise error
                 # Texts are made here, while the device computes the next step, and not all at the end.
-                for request in finished:
+                for request in finished.values():
                     outputs[request.request_id] = request.output()
                     num_prompt += len(request.prompt_token_ids)
                     num_output += sum(len(seq.completion_token_ids) for seq in request.seqs)
@@ -142,6 +150,7 @@ class LLMEngine(EngineCore):
                     progress.set_postfix_str(
                         f"{num_prompt / elapsed:.0f} prompt + {num_output / elapsed:.0f} output tok/s"
                     )
+                finished.clear()
         except BaseException:
             self._drop(requests)
             raise
@@ -160,9 +169,12 @@ class LLMEngine(EngineCore):
 
     def reset_prefix_cache(self) -> None:
         """Forget cached prefixes; running requests go on."""
-        with self._exclusive():
+
+        def reset() -> None:
             self._drain()
             self.block_manager.reset_prefix_cache()
+
+        self._exclusive(reset)
 
     def stats(self) -> dict[str, int]:
         """Counters of this moment: requests, cache blocks, and preemptions since the start."""

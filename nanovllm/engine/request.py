@@ -24,14 +24,17 @@ class Call:
     finished: dict[int, "Request"] = field(default_factory=dict)
     news: dict[int, "Request"] = field(default_factory=dict)  # that have something new for a stream
 
-    def take_finished(self) -> list["Request"]:
-        """Those that have ended since the last call. Raises what a callable of one raised, and forgets that one."""
-        for request in self.finished.values():
-            if request.error is not None:
-                del self.finished[request.request_id]
-                raise request.error
-        finished, self.finished = self.finished, {}
-        return list(finished.values())
+    def take_finished(self, taken: dict[int, "Request"]) -> Exception | None:
+        """Move those that have ended to `taken`; or only the first whose callable raised something, and return that.
+
+        At any moment each is in one of the two, or in both.
+        """
+        finished = list(self.finished.values())
+        failed = [request for request in finished if request.error is not None][:1]
+        for request in failed or finished:
+            taken[request.request_id] = request
+            del self.finished[request.request_id]
+        return failed[0].error if failed else None
 
     def take_deltas(self) -> tuple[list[StreamDelta], list[Exception]]:
         """What is new since the last call, in the order of the requests, and what callables of these raised."""
