@@ -130,8 +130,12 @@ def test_logprobs_of_a_prefix_cached_prompt(qwen3):
 
 def test_logprobs_with_several_samples(qwen3, llm):
     params = SamplingParams(n=3, seed=2, max_tokens=12, logprobs=2, prompt_logprobs=1, ignore_eos=True)
-    (output,) = llm.generate([many_prompts(1)[0]], params, use_tqdm=False)
+    llm.reset_prefix_cache()
+    watch, (prompt,) = Watch(llm), many_prompts(1)
+    (output,) = llm.generate([prompt], params, use_tqdm=False)
     assert_logprobs(qwen3.model, output, 2, 1)
+    assert len(prompt) == 80
+    assert watch.steps[0].total == 80 + 2 * 16, "the first computes the prompt, the others share all blocks but the last"
     assert len({tuple(completion.token_ids) for completion in output.outputs}) == 3
 
 

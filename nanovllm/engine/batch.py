@@ -223,7 +223,7 @@ def prompt_logprob_runs(seqs: list[Sequence]) -> list[tuple[int, int, int, int]]
     runs, offset = [], 0
     for row, seq in enumerate(seqs):
         count = seq.num_scheduled_tokens
-        if seq.sampling_params.prompt_logprobs is not None:
+        if seq.wants_prompt_logprobs:
             first = seq.num_cached_tokens + 1  # the token that the first hidden state predicts
             last = min(first + count, seq.num_prompt_tokens)
             for start in range(first, last, PROMPT_LOGPROBS_CHUNK):

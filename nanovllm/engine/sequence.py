@@ -60,6 +60,7 @@ class Sequence:
     num_prefix_cached_tokens: int = field(default=0, init=False)  # found in the cache at the latest admission
     num_cached_prompt_tokens: int | None = field(default=None, init=False)  # at the first, before any tokens of its own
     # What the sampling parameters mean for a step.
+    wants_prompt_logprobs: bool = field(init=False)
     is_plain: bool = field(init=False)  # draws from softmax(logits / temperature), and nothing else is asked for
     reads_tokens: bool = field(init=False)  # draws depend on the tokens before them
     is_watched: bool = field(default=False, init=False)  # for a stop string, a stream or a grammar
@@ -75,8 +76,9 @@ class Sequence:
         self.token_ids = list(self.token_ids)
         self.num_tokens = self.num_prompt_tokens = len(self.token_ids)
         self.parent_uid = self.cache_salt
-        self.reads_cache = params.prompt_logprobs is None  # or every prompt token has to be computed
-        self.is_plain = not (params.adjusts_logits or params.logprobs is not None or not self.reads_cache)
+        self.wants_prompt_logprobs = params.prompt_logprobs is not None and self.index == 0  # the same for all of them
+        self.reads_cache = not self.wants_prompt_logprobs  # for which every prompt token has to be computed
+        self.is_plain = not (params.adjusts_logits or params.logprobs is not None or self.wants_prompt_logprobs)
         self.reads_tokens = params.reads_tokens
 
     def __len__(self) -> int:
