@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING
 
 from nanovllm.attention import choose_backend, choose_invariant_backend
 from nanovllm.utils.distributed import check_divisible
-from nanovllm.utils.validation import check_bool, check_float, check_int, strict_kwargs
+from nanovllm.utils.validation import WrongTypeError, check_bool, check_float, check_int, strict_kwargs
 
 logger = logging.getLogger("nanovllm")
 
@@ -124,7 +124,7 @@ class Config:
 def find_checkpoint(model: str | Path) -> Path:
     """The local directory of a checkpoint; a hub id is downloaded, only the files that the engine reads."""
     if not isinstance(model, (str, Path)) or not str(model):
-        raise TypeError(f"model must be a path or a Hugging Face hub id, got {model!r}")
+        raise WrongTypeError(f"model must be a path or a Hugging Face hub id, got {model!r}")
     path = Path(model).expanduser()
     if not path.exists():
         is_hub_id = str(model).count("/") == 1 and not str(model).startswith((".", "/", "~"))

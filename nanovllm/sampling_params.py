@@ -6,7 +6,7 @@ from copy import copy
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from nanovllm.utils.validation import check_bool, check_float, check_int, strict_kwargs
+from nanovllm.utils.validation import WrongTypeError, check_bool, check_float, check_int, strict_kwargs
 
 MAX_LOGPROBS = 20  # vLLM's default cap
 MAX_FACTOR = 1e6  # of what logits are multiplied or divided by: far below where float32 overflows
@@ -40,7 +40,7 @@ class StructuredOutputsParams:
             value = getattr(self, name)
             if value is not None and not isinstance(value, kinds):
                 expected = " or ".join(kind.__name__ for kind in kinds)
-                raise TypeError(f"structured_outputs.{name} must be of type {expected}, got {value!r}")
+                raise WrongTypeError(f"structured_outputs.{name} must be of type {expected}, got {value!r}")
         if self.json is not None:
             try:
                 schema = json.loads(self.json if isinstance(self.json, str) else json.dumps(self.json))
@@ -92,7 +92,7 @@ class SamplingParams:
         structured_outputs: a grammar that the output must match.
 
     Raises:
-        TypeError, ValueError: a field of the wrong type or out of range, named with its value.
+        ValueError: a field out of range, named with its value; for a wrong type one that is a TypeError as well.
     """
 
     n: int = 1
@@ -158,15 +158,15 @@ class SamplingParams:
             if not isinstance(word, str) or not word:
                 raise ValueError(f"bad_words must be a list of non-empty strings, and contains {word!r}")
         if self.logit_bias is not None and not isinstance(self.logit_bias, dict):
-            raise TypeError(f"logit_bias must be a dict of token id to number, got {self.logit_bias!r}")
+            raise WrongTypeError(f"logit_bias must be a dict of token id to number, got {self.logit_bias!r}")
         for token_id, bias in (self.logit_bias or {}).items():
             check_int("logit_bias key", token_id, 0)
             check_float(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
         for processor in check_list("logits_processors", self.logits_processors):
             if not callable(processor):
-                raise TypeError(f"logits_processors must be a list of callables, and contains {processor!r}")
+                raise WrongTypeError(f"logits_processors must be a list of callables, and contains {processor!r}")
         if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputsParams):
-            raise TypeError(f"structured_outputs must be StructuredOutputsParams, got {self.structured_outputs!r}")
+            raise WrongTypeError(f"structured_outputs must be StructuredOutputsParams, got {self.structured_outputs!r}")
         stop = [self.stop] if isinstance(self.stop, str) else check_list("stop", self.stop, "a string or a list")
         for text in stop:
             if not isinstance(text, str) or not text:
@@ -202,9 +202,9 @@ class SamplingParams:
 
 
 def check_list(name: str, value: Any, expected: str = "a list") -> list[Any]:
-    """`value` as a list, None as an empty one; raises TypeError for anything else."""
+    """`value` as a list, None as an empty one; raises WrongTypeError for anything else."""
     if value is None:
         return []
     if not isinstance(value, (list, tuple, set, frozenset)):
-        raise TypeError(f"{name} must be {expected}, got {value!r} of type {type(value).__name__}")
+        raise WrongTypeError(f"{name} must be {expected}, got {value!r} of type {type(value).__name__}")
     return list(value)

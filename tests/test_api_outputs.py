@@ -135,7 +135,7 @@ def test_logprobs_with_several_samples(qwen3, llm):
     (output,) = llm.generate([prompt], params, use_tqdm=False)
     assert_logprobs(qwen3.model, output, 2, 1)
     assert len(prompt) == 80
-    assert watch.steps[0].total == 80 + 2 * 16, "the first computes the prompt, the others share all blocks but the last"
+    assert watch.steps[0].total == 80 + 2 * 16, "the first computes it, the others their last block"
     assert len({tuple(completion.token_ids) for completion in output.outputs}) == 3
 
 

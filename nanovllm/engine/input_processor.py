@@ -14,7 +14,7 @@ from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.structured import GrammarCompiler
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.validation import check_bool
+from nanovllm.utils.validation import WrongTypeError, check_bool
 
 
 class TextPrompt(TypedDict):
@@ -46,7 +46,7 @@ class InputProcessor:
         if isinstance(prompts, (str, dict)):
             prompts = [prompts]
         if not isinstance(prompts, (list, tuple)):
-            raise TypeError(f"prompts must be a string, a dict or a list, got {type(prompts).__name__}")
+            raise WrongTypeError(f"prompts must be a string, a dict or a list, got {type(prompts).__name__}")
         if prompts and all(
             isinstance(prompt, (int, np.integer)) and not isinstance(prompt, bool) for prompt in prompts
         ):
@@ -56,7 +56,7 @@ class InputProcessor:
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(prompts)
         if not isinstance(sampling_params, (list, tuple)):
-            raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}")
+            raise WrongTypeError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}")
         if len(sampling_params) != len(prompts):
             raise ValueError(
                 f"prompts and sampling_params differ in length: {len(prompts)} and {len(sampling_params)}; "
@@ -68,9 +68,9 @@ class InputProcessor:
         ]
 
     def make_request(self, prompt: Any, params: SamplingParams, name: str = "prompt") -> Request:
-        """Raises TypeError or ValueError for a prompt or parameters that cannot be served."""
+        """Raises ValueError for a prompt or parameters that cannot be served."""
         if not isinstance(params, SamplingParams):
-            raise TypeError(f"sampling_params must be SamplingParams, got {params!r} of type {type(params).__name__}")
+            raise WrongTypeError(f"sampling_params must be SamplingParams, got {params!r}")
         params = dataclasses.replace(params)  # users may assign to theirs: checked again, and ours from here on
         text, token_ids = self._tokenize(prompt, name)
         cache_salt = self._cache_salt(prompt, name)
@@ -101,7 +101,7 @@ class InputProcessor:
         transformers runs the template in a sandbox. It writes special tokens itself, so none are added to its text.
         """
         if not isinstance(messages, (list, tuple)):
-            raise TypeError(f"messages must be a list, got {messages!r} of type {type(messages).__name__}")
+            raise WrongTypeError(f"messages must be a list, got {messages!r} of type {type(messages).__name__}")
         conversations: Any = messages if messages and isinstance(messages[0], (list, tuple)) else [messages]
         if self.tokenizer.chat_template is None and kwargs.get("chat_template") is None:
             raise ValueError(
@@ -109,7 +109,7 @@ class InputProcessor:
             )
         more = {} if chat_template_kwargs is None else chat_template_kwargs
         if not isinstance(more, dict):
-            raise TypeError(f"chat_template_kwargs must be a dict, got {more!r} of type {type(more).__name__}")
+            raise WrongTypeError(f"chat_template_kwargs must be a dict, got {more!r} of type {type(more).__name__}")
         for name in ("add_generation_prompt", "continue_final_message"):
             check_bool(name, kwargs[name])
         kwargs["tokenize"] = False
@@ -119,7 +119,7 @@ class InputProcessor:
         for conversation in conversations:
             is_list = isinstance(conversation, (list, tuple)) and len(conversation) > 0
             if not is_list or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in conversation):
-                raise TypeError(f"messages must be a list of dicts with 'role' and 'content', got {conversation!r}")
+                raise WrongTypeError(f"messages must be lists of dicts with 'role' and 'content', got {conversation!r}")
             plain = [flatten_content(message) for message in conversation]
             try:
                 text = self.tokenizer.apply_chat_template(plain, **kwargs, **more)
@@ -140,7 +140,7 @@ class InputProcessor:
             if keys == ["prompt", "prompt_token_ids"]:
                 text = prompt["prompt"]
                 if not isinstance(text, str):
-                    raise TypeError(f"{name} has a 'prompt' beside its token ids that is no string: {text!r}")
+                    raise WrongTypeError(f"{name} has a 'prompt' beside its token ids that is no string: {text!r}")
                 return text, self._check_ids(prompt["prompt_token_ids"], name)
             prompt = prompt[keys[0]]
         if isinstance(prompt, str):
@@ -162,20 +162,20 @@ class InputProcessor:
         if salt is None:
             return ""
         if not isinstance(salt, str):
-            raise TypeError(f"{name} has a cache_salt that is no string: {salt!r} of type {type(salt).__name__}")
+            raise WrongTypeError(f"{name} has a cache_salt that is no string: {salt!r} of type {type(salt).__name__}")
         if not salt:
             raise ValueError(f"{name} has an empty cache_salt: leave it out to share cached prefixes with everybody")
         return salt
 
     def _check_ids(self, token_ids: Any, name: str) -> list[int]:
         if not isinstance(token_ids, (list, tuple)):
-            raise TypeError(f"{name} must be a string or a list of token ids, got {type(token_ids).__name__}")
+            raise WrongTypeError(f"{name} must be a string or a list of token ids, got {type(token_ids).__name__}")
         if not token_ids:
             raise ValueError(f"{name} is empty: a prompt needs at least one token")
         wrong = {kind for kind in set(map(type, token_ids)) if kind is bool or not issubclass(kind, (int, np.integer))}
         if wrong:
             value = next(x for x in token_ids if type(x) in wrong)
-            raise TypeError(f"{name} must be a string or a list of integer token ids, and contains {value!r}")
+            raise WrongTypeError(f"{name} must be a string or a list of integer token ids, and contains {value!r}")
         self._check_vocabulary(name, token_ids)
         return list(map(int, token_ids))
 
@@ -240,7 +240,7 @@ def flatten_content(message: dict[str, Any]) -> dict[str, Any]:
     if isinstance(content, str) or (content is None and set(message) - {"role", "content"}):  # tool calls, say
         return message
     if not isinstance(content, (list, tuple)):
-        raise TypeError(
+        raise WrongTypeError(
             f"the content of a message must be a string or a list of parts, got {content!r} from {message['role']!r}"
         )
     texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in content]

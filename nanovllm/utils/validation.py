@@ -7,11 +7,15 @@ import math
 from typing import Any
 
 
+class WrongTypeError(TypeError, ValueError):
+    """A value of the wrong type: Python's name for it, and also what vLLM's scripts catch for every bad argument."""
+
+
 def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """Return `value` if it is an integer (no bool, no float) in [low, high]; raise TypeError or ValueError if not."""
+    """Return `value` if it is an integer (no bool, no float) in [low, high]; raise ValueError if not."""
     span = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be {span}, got {value!r} of type {type(value).__name__}")
+        raise WrongTypeError(f"{name} must be {span}, got {value!r} of type {type(value).__name__}")
     value = value.__index__()
     if value < low or (high is not None and value > high):
         raise ValueError(f"{name} must be {span}, got {value}")
@@ -19,10 +23,10 @@ def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
 
 
 def check_float(name: str, value: Any, low: float, high: float = math.inf) -> float:
-    """Return `value` as a finite float in [low, high]; raise TypeError or ValueError if it is none."""
+    """Return `value` as a finite float in [low, high]; raise ValueError if it is none."""
     span = f"a finite number of at least {low}" if high == math.inf else f"a number from {low} to {high}"
     if isinstance(value, bool) or (not isinstance(value, (int, float)) and not hasattr(value, "__float__")):
-        raise TypeError(f"{name} must be {span}, got {value!r} of type {type(value).__name__}")
+        raise WrongTypeError(f"{name} must be {span}, got {value!r} of type {type(value).__name__}")
     try:
         value = float(value)
     except OverflowError:  # an integer beyond floats
@@ -33,9 +37,9 @@ def check_float(name: str, value: Any, low: float, high: float = math.inf) -> fl
 
 
 def check_bool(name: str, value: Any) -> bool:
-    """Return `value` if it is True or False; raise TypeError if not."""
+    """Return `value` if it is True or False; raise WrongTypeError if not."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
+        raise WrongTypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
     return value
 
 
