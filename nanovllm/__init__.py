@@ -3,8 +3,8 @@
 import logging
 
 from nanovllm.async_llm import AsyncLLM
-from nanovllm.engine.input_processor import TextPrompt, TokensPrompt
 from nanovllm.errors import EngineDeadError
+from nanovllm.inputs import TextPrompt, TokensPrompt
 from nanovllm.llm import LLM
 from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput, StreamDelta
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams

@@ -24,10 +24,17 @@ SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings",
 )  # fmt: skip
+# Arguments of vLLM's that scripts pass to say what is always so here: with these values they are accepted.
+VLLM_SWITCHES = {
+    "enable_prefix_caching": (True,),
+    "enable_chunked_prefill": (True,),
+    "trust_remote_code": (False,),
+    "disable_log_stats": (True, False),  # there is no such log
+}
 MAX_NUM_SEQS = 2**16  # each has a permanent row, taken at the start
 
 
-@partial(strict_kwargs, called="LLM")
+@partial(strict_kwargs, called="LLM", switches=VLLM_SWITCHES)
 @dataclass(frozen=True)
 class Config:
     """Engine settings; never changed after construction.

@@ -26,6 +26,7 @@ from transformers import AutoTokenizer
 
 from nanovllm import LLM, CompletionOutput, Logprob, RequestOutput, SamplingParams
 from nanovllm.engine.detokenizer import Detokenizer, decode, full_text
+from nanovllm.inputs import TextPrompt, TokensPrompt
 from nanovllm.utils.demo import demo_model_path
 
 TOLERANCE = 1e-4
@@ -475,7 +476,8 @@ def test_an_output_has_vllms_shape(llm):
 def test_prompts_of_every_shape(llm):
     text, ids = "abc", make_tokenizer().encode("abc")
     shapes = [text, [text], ids, [ids], {"prompt": text}, {"prompt_token_ids": ids}, [{"prompt": text}], tuple(ids)]
-    shapes += [{"prompt": text, "prompt_token_ids": ids}]
+    shapes += [{"prompt": text, "prompt_token_ids": ids}, TextPrompt(prompt=text)]
+    shapes += [TokensPrompt(prompt_token_ids=ids), TokensPrompt(prompt_token_ids=ids, cache_salt="a")]
     for prompts in shapes:
         (output,) = llm.generate(prompts, greedy(5), use_tqdm=False)
         assert output.prompt_token_ids == ids

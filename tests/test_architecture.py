@@ -26,6 +26,7 @@ LAYERS = [
     "config",
     "attention",
     "kernels",
+    "inputs",
     "outputs",
     "sampling_params",
     "errors",

@@ -372,7 +372,18 @@ def test_an_engine_without_a_model():
         LLM()
 
 
-@pytest.mark.parametrize("name", ["hf_config", "eos_token_ids", "trust_remote_code", "zzz"])
+@pytest.mark.parametrize("name", ["enable_prefix_caching", "enable_chunked_prefill", "trust_remote_code"])
+def test_switches_of_vllms_that_can_only_be_one_way(qwen3, name):
+    is_so = name != "trust_remote_code"
+    qwen3.llm(**{name: is_so}, disable_log_stats=is_so).close()
+    for value in (not is_so, None, int(is_so), "auto"):
+        with pytest.raises(ValueError, match=f"^{name} can only be {is_so} here, got {value!r}: leave it out"):
+            qwen3.llm(**{name: value})
+    with pytest.raises(ValueError, match="disable_log_stats can only be True or False"):
+        qwen3.llm(disable_log_stats="no")
+
+
+@pytest.mark.parametrize("name", ["hf_config", "eos_token_ids", "zzz"])
 def test_what_is_no_argument(qwen3, name):
     with pytest.raises(TypeError, match=rf"has no argument '{name}'"):
         LLM(str(qwen3.path), **{name: None})

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import random
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer
@@ -13,21 +13,9 @@ from nanovllm.config import Config
 from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.structured import GrammarCompiler
+from nanovllm.inputs import TextPrompt, TokensPrompt
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.validation import WrongTypeError, check_bool
-
-
-class TextPrompt(TypedDict):
-    """A prompt as text; a plain dict does as well."""
-
-    prompt: str
-
-
-class TokensPrompt(TypedDict):
-    """A prompt as token ids; a plain dict does as well."""
-
-    prompt_token_ids: list[int]
-
 
 Prompt = str | list[int] | TextPrompt | TokensPrompt | dict[str, Any]
 

@@ -4,6 +4,8 @@ import dataclasses
 import difflib
 import functools
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 
@@ -43,18 +45,26 @@ def check_bool(name: str, value: Any) -> bool:
     return value
 
 
-def strict_kwargs(cls: type, called: str | None = None) -> type:
+def strict_kwargs(
+    cls: type, called: str | None = None, switches: Mapping[str, tuple[bool, ...]] = MappingProxyType({})
+) -> type:
     """Class decorator for a dataclass: an unknown keyword is a TypeError that suggests the nearest field.
 
-    Users know the class as what is `called` so; its own name, if absent.
+    Users know the class as what is `called` so; its own name, if absent. `switches` are no fields, but may be passed
+    with the values that say what is always done.
     """
     names = [field.name for field in dataclasses.fields(cls) if field.init]
     init = cls.__init__  # type: ignore[misc]
 
     @functools.wraps(init)
     def checked(self, *args, **kwargs):
-        for key in kwargs:
-            if key not in names:
+        for key in list(kwargs):
+            if key in switches:
+                value = kwargs.pop(key)
+                if not any(value is allowed for allowed in switches[key]):
+                    span = " or ".join(map(str, switches[key]))
+                    raise ValueError(f"{key} can only be {span} here, got {value!r}: leave it out")
+            elif key not in names:
                 near = difflib.get_close_matches(key.lower(), names, n=1, cutoff=0.8)  # a slip of the pen
                 if not near:  # an abbreviation, perhaps
                     near = [name for name in names if all(part in name for part in key.split("_"))]
