@@ -1,6 +1,5 @@
 """Everything an engine is configured with: what the user said, checked, and what follows from the checkpoint."""
 
-import json
 import logging
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +12,7 @@ from transformers import CONFIG_MAPPING
 
 from nanovllm.attention import choose_backend, choose_invariant_backend
 from nanovllm.utils.distributed import check_divisible
+from nanovllm.utils.loader import read_json
 from nanovllm.utils.validation import WrongTypeError, check_bool, check_float, check_int, strict_kwargs
 
 logger = logging.getLogger("nanovllm")
@@ -20,10 +20,11 @@ logger = logging.getLogger("nanovllm")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DTYPES |= {"float": torch.float32, "half": torch.float16}  # vLLM's names for these
 MAX_INT32 = 2**31 - 1  # lengths and block ids are 32-bit integers on the device
-SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings",
-)  # fmt: skip
+# The sizes in config.json, and what none is above: with these no product of them overflows 64 bits.
+SIZES = {
+    "vocab_size": MAX_INT32, "hidden_size": 2**20, "intermediate_size": 2**24, "num_hidden_layers": 2**16,
+    "num_attention_heads": 2**16, "num_key_value_heads": 2**16, "head_dim": 2**16, "max_position_embeddings": MAX_INT32,
+}  # fmt: skip
 # Arguments of vLLM's that scripts pass to say what is always so here: with these values they are accepted.
 VLLM_SWITCHES = {
     "enable_prefix_caching": (True,),
@@ -162,26 +163,29 @@ def find_checkpoint(model: str | Path) -> Path:
 
 def load_hf_config(path: Path) -> Any:
     """config.json as transformers understands it; code that a checkpoint brings along (auto_map) is never looked at."""
-    try:
-        raw = json.loads((path / "config.json").read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path / 'config.json'} is not valid JSON: {error}") from None
-    model_type = raw.get("model_type") if isinstance(raw, dict) else None
+    file = path / "config.json"
+    raw = read_json(file)
+    model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"{path / 'config.json'} has model_type={model_type!r}, which transformers {transformers.__version__} does "
-            "not know; code in the checkpoint itself is never executed"
+            f"{file} has model_type={model_type!r}, which transformers {transformers.__version__} does not know; "
+            "code in the checkpoint itself is never executed"
         )
     raw.pop("auto_map", None)
+    check_sizes(raw, file)  # first: transformers makes lists as long as some of them
     try:
         hf_config = CONFIG_MAPPING[model_type].from_dict(raw)
     except Exception as error:  # transformers 5 checks values with a type of its own
-        raise ValueError(f"{path / 'config.json'} is not a valid {model_type} config: {error}") from error
-    for name in SIZES:
-        if getattr(hf_config, name, None) is not None:
-            check_int(f"{name} in {path / 'config.json'}", getattr(hf_config, name), 1)
-    check_float(f"rms_norm_eps in {path / 'config.json'}", getattr(hf_config, "rms_norm_eps", 0.0), 0.0)
+        raise ValueError(f"{file} is not a valid {model_type} config: {error}") from error
+    check_sizes(vars(hf_config), file)  # also what it derives from others
+    check_float(f"rms_norm_eps in {file}", getattr(hf_config, "rms_norm_eps", 0.0), 0.0)
     return hf_config
+
+
+def check_sizes(values: dict[str, Any], file: Path) -> None:
+    for name, high in SIZES.items():
+        if values.get(name) is not None:
+            check_int(f"{name} in {file}", values[name], 1, high)
 
 
 def head_dim(hf_config: Any) -> int:
@@ -239,10 +243,7 @@ def eos_token_ids(path: Path, hf_config: Any) -> frozenset[int]:
     eos = None
     file = path / "generation_config.json"
     if file.is_file():
-        try:
-            eos = json.loads(file.read_text()).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{file} is not a valid generation config: {error}") from None
+        eos = read_json(file).get("eos_token_id")
     if eos is None:
         eos = getattr(hf_config, "eos_token_id", None)
     ids = [] if eos is None else eos if isinstance(eos, list) else [eos]

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import json
 import math
 import multiprocessing
 import random
@@ -25,6 +26,7 @@ from helpers import (
     check_blocks,
     child_pids,
     copy_checkpoint,
+    edit_json,
     greedy,
     make_tokenizer,
     many_prompts,
@@ -34,8 +36,10 @@ from helpers import (
     save_checkpoint,
     wait_until,
 )
+from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, AsyncLLM, EngineDeadError, SamplingParams, StructuredOutputsParams
+from nanovllm.config import SIZES
 from nanovllm.engine import model_runner
 
 SMALL = {"device": "cpu", "num_kvcache_blocks": 40, "kvcache_block_size": 16}
@@ -655,6 +659,43 @@ def replace_json(name: str, content: str) -> Any:
     return change
 
 
+def config(**changes: Any) -> Any:
+    return lambda path: edit_json(path / "config.json", path / "config.json", **changes)
+
+
+def index(where: str) -> Any:
+    return replace_json("model.safetensors.index.json", json.dumps({"weight_map": {"model.norm.weight": where}}))
+
+
+def last_norm(change: Any) -> Any:
+    """Another tensor in place of `model.norm.weight`, in the shard that has it."""
+
+    def replace(path: Path) -> None:
+        for file in path.glob("*.safetensors"):
+            tensors = load_file(file)
+            if "model.norm.weight" in tensors:
+                tensors.update(change(tensors.pop("model.norm.weight")))
+                file.unlink()
+                save_file(tensors, file)
+
+    return replace
+
+
+def tokenizer_in_python(path: Path) -> None:
+    for file in path.glob("*token*"):
+        file.unlink()
+    transformers.ByT5Tokenizer().save_pretrained(path)
+
+
+DEEP = "[" * 10**5
+WRONG_SIZES = {
+    "vocab_size": 10**6,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+}
 BROKEN = {
     "truncated last shard": truncate,
     "missing last shard": lambda path: sorted(path.glob("*.safetensors"))[-1].unlink(),
@@ -669,7 +710,41 @@ BROKEN = {
     "bad recommendation": replace_json("generation_config.json", '{"temperature": -3}'),
     "no tokenizer": lambda path: [file.unlink() for file in path.glob("*token*")],
     "broken tokenizer": replace_json("tokenizer.json", "{"),
+    "tokenizer in Python": tokenizer_in_python,
+    "deep config": replace_json("config.json", DEEP),
+    "deep generation config": replace_json("generation_config.json", DEEP),
+    "deep index": replace_json("model.safetensors.index.json", DEEP),
+    "generation config is a list": replace_json("generation_config.json", "[]"),
+    "index points out": index("../model/model.safetensors"),
+    "index points away": index("/etc/passwd"),
+    "index points to a directory": index("."),
+    "index with a long name": index("x" * 5000),
+    "index with a number": replace_json("model.safetensors.index.json", '{"weight_map": {"model.norm.weight": 3}}'),
+    "index without tensors": replace_json("model.safetensors.index.json", '{"weight_map": {}}'),
+    "architectures is a number": config(architectures=3),
+    "architectures is a string": config(architectures="Qwen3ForCausalLM"),
+    "architectures of lists": config(architectures=[["Qwen3ForCausalLM"]]),
+    "a layer too many": config(num_hidden_layers=3, layer_types=None),
+    "a layer too few": config(num_hidden_layers=1, layer_types=None),
+    "60,000 layers": config(num_hidden_layers=60_000, layer_types=None),
+    "a billion layers": config(num_hidden_layers=10**9, layer_types=None),
+    "size is no number": config(hidden_size="48"),
+    **{f"another {name}": config(**{name: value}) for name, value in WRONG_SIZES.items()},
+    **{f"huge {name}": config(**{name: 10**12}) for name in WRONG_SIZES},
+    **{f"the largest {name}": config(**{name: SIZES[name]}) for name in WRONG_SIZES},
+    "all sizes the largest": config(**{name: SIZES[name] for name in WRONG_SIZES}),
+    "untied head": config(tie_word_embeddings=False),
+    "partial rotation": config(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+    "rope of text": config(rope_parameters={"rope_theta": "abc"}),
+    "rope of nothing": config(rope_parameters={"rope_theta": 0}),
+    "tensor is missing": last_norm(lambda tensor: {}),
+    "tensor has another name": last_norm(lambda tensor: {"model.norm.wait": tensor}),
+    "tensor has another shape": last_norm(lambda tensor: {"model.norm.weight": tensor[None].clone()}),
+    "tensor of integers": last_norm(lambda tensor: {"model.norm.weight": tensor.to(torch.int32)}),
+    "tensor of float8": last_norm(lambda tensor: {"model.norm.weight": tensor.to(torch.float8_e4m3fn)}),
 }
+# Told by what the config says, for which the directory does not matter.
+WITHOUT_PATH = ("another family", "partial rotation", *(what for what in BROKEN if what.startswith("architectures")))
 
 
 @pytest.mark.usefixtures("nothing_stays")
@@ -687,7 +762,7 @@ def test_a_broken_checkpoint_is_refused_before_it_takes_memory(qwen3, tmp_path, 
     monkeypatch.setattr("builtins.input", refuse)
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         LLM(path, **SMALL)
-    assert str(path) in str(caught.value) or what == "another family"
+    assert str(path) in str(caught.value) or what in WITHOUT_PATH
     assert len(str(caught.value)) < 600
 
 

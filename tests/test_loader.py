@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import math
+import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -19,13 +21,15 @@ from helpers import (
     edit_json,
     greedy,
     many_prompts,
+    resident_bytes,
     save_checkpoint,
 )
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM
-from nanovllm.config import Config, eos_token_ids
+from nanovllm.config import SIZES, Config, eos_token_ids
+from nanovllm.models import check_checkpoint
 from nanovllm.utils import loader
 from nanovllm.utils.loader import load_model
 
@@ -126,6 +130,60 @@ def test_a_wrong_shape_is_named(broken, name, shape):
     assert str(list(shape)) in str(error.value)
 
 
+HALVED = {  # in this dimension, as one of two ranks would hold it
+    "model.embed_tokens.weight": 0,
+    "model.layers.0.self_attn.k_proj.weight": 0,
+    "model.layers.1.self_attn.o_proj.weight": 1,
+    "model.layers.0.mlp.down_proj.weight": 1,
+}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_the_check_before_the_start_knows_every_layout(checkpoints, tmp_path, name, num_ranks):
+    source = checkpoints(name).path
+    try:
+        config = Config(str(source), device="cpu", tensor_parallel_size=num_ranks)
+    except ValueError:
+        pytest.skip("cannot be split so")
+    check_checkpoint(config)
+    for wrong, dim in HALVED.items():
+
+        def halve(tensors, wrong=wrong, dim=dim):
+            tensors[wrong] = tensors[wrong].chunk(2, dim)[0].contiguous()
+
+        path = with_tensors(source, tmp_path / wrong, halve)
+        with pytest.raises(ValueError, match=rf"{wrong}.*shape"):
+            check_checkpoint(Config(path, device="cpu", tensor_parallel_size=num_ranks))
+
+
+def test_the_check_before_the_start_reads_headers_only(qwen3, tmp_path):
+    """An embedding of 3 GB, which is a hole in the file."""
+    vocab_size = 2**24
+    path = copy_checkpoint(qwen3.path, tmp_path / "big", vocab_size=vocab_size)
+    (path / "model.safetensors").unlink()
+    header, end = {}, 0
+    for name, tensor in load_file(qwen3.path / "model.safetensors").items():
+        shape = [vocab_size, tensor.shape[1]] if name == "model.embed_tokens.weight" else list(tensor.shape)
+        begin, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    with (path / "model.safetensors").open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + end)
+    assert end > 3 * 10**9
+    before = resident_bytes()
+    check_checkpoint(Config(str(path), device="cpu"))
+    assert resident_bytes() < before + 2**24
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8, torch.bool, torch.float8_e4m3fn])
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.weight", "model.norm.weight"])
+def test_a_quantized_tensor_is_named(broken, name, dtype):
+    with pytest.raises(ValueError, match=rf"tensor '{name}' in .* has dtype {dtype}: quantized .* not supported"):
+        LLM(broken(lambda tensors: tensors.update({name: tensors[name].to(dtype)})), **SMALL)
+
+
 def test_inv_freq_buffers_of_old_checkpoints_are_ignored(qwen3, broken):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     llm = LLM(broken(lambda tensors: tensors.update({name: torch.zeros(8)})), **SMALL)
@@ -216,6 +274,14 @@ def test_a_stray_shard_that_the_index_does_not_name_is_not_read(qwen3, sharded):
 def test_a_broken_index(sharded, content):
     (sharded / "model.safetensors.index.json").write_text(content)
     with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
+        LLM(str(sharded), **SMALL)
+
+
+@pytest.mark.parametrize("where", ["../sharded/model.safetensors", "/etc/passwd", "a/b.safetensors", ".", "", "x\0y"])
+def test_an_index_names_files_beside_it_only(sharded, where):
+    file = sharded / "model.safetensors.index.json"
+    file.write_text(json.dumps({"weight_map": {"model.norm.weight": where}}))
+    with pytest.raises(FileNotFoundError, match=re.escape(f"names shards that are not beside it: {where}")):
         LLM(str(sharded), **SMALL)
 
 
@@ -348,7 +414,7 @@ def edited(source: Path, target: Path, **changes: Any) -> str:
     return str(copy_checkpoint(source, target, **changes))
 
 
-@pytest.mark.parametrize("architectures", [["GPT2LMHeadModel"], [], None])
+@pytest.mark.parametrize("architectures", [["GPT2LMHeadModel"], [], None, 3, "LlamaForCausalLM", [3, ["x"]]])
 def test_an_unknown_architecture_is_told_what_is_supported(qwen3, tmp_path, architectures):
     path = edited(qwen3.path, tmp_path / "x", architectures=architectures)
     with pytest.raises(ValueError, match="supported") as error:
@@ -422,6 +488,42 @@ def test_another_activation(checkpoints, tmp_path):
 def test_numbers_that_are_none(qwen3, tmp_path, name, value):
     path = edited(qwen3.path, tmp_path / "x", **{name: value})
     with pytest.raises(ValueError, match=rf"{name}.*{value}"):
+        LLM(path, **SMALL)
+
+
+@pytest.mark.parametrize("name", list(SIZES))
+def test_sizes_that_are_too_large(qwen3, tmp_path, name):
+    for value in (SIZES[name] + 1, 10**30):
+        path = edited(qwen3.path, tmp_path / str(value), **{name: value, "layer_types": None})
+        with pytest.raises(ValueError, match=rf"{name} in .*config\.json must be .* to {SIZES[name]}, got {value}"):
+            LLM(path, **SMALL)
+
+
+def test_more_layers_than_tensors(qwen3, tmp_path):
+    path = edited(qwen3.path, tmp_path / "x", num_hidden_layers=60_000, layer_types=None)
+    with pytest.raises(ValueError, match=r"has \d+ tensors, too few for num_hidden_layers=60000"):
+        LLM(path, **SMALL)
+
+
+def test_one_layer_more(qwen3, tmp_path):
+    path = edited(qwen3.path, tmp_path / "x", num_hidden_layers=3, layer_types=None)
+    with pytest.raises(ValueError, match=r"lacks tensors.*model\.layers\.2\.[^ ]+,.* and \d+ more"):
+        LLM(path, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"rope_theta": "abc"}, "rope parameters that cannot be"),
+        ({"rope_theta": 10**30}, "rope parameters that cannot be"),
+        ({"rope_theta": 0}, "no finite angles"),
+        ({**LLAMA3_ROPE, "factor": None}, "rope parameters that cannot be"),
+        ({**LLAMA3_ROPE, "factor": 0}, "no finite angles"),
+    ],
+)
+def test_rope_parameters_that_are_none(checkpoints, tmp_path, rope, message):
+    path = edited(checkpoints("llama").path, tmp_path / "x", rope_parameters={"rope_theta": 1e4, **rope})
+    with pytest.raises(ValueError, match=rf"config\.json.*{message}"):
         LLM(path, **SMALL)
 
 

@@ -6,7 +6,6 @@ import traceback
 import weakref
 from collections import abc, deque
 from collections.abc import Callable
-from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -22,8 +21,8 @@ from nanovllm.engine.request import Call, Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import DecodingSequences, Sequence, watched
 from nanovllm.errors import EngineDeadError
+from nanovllm.models import check_checkpoint
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.loader import check_files
 from nanovllm.utils.validation import check_int
 
 logger = logging.getLogger("nanovllm")
@@ -42,7 +41,7 @@ class EngineCore:
         self.tokenizer = load_tokenizer(config.model)
         # What can be wrong with the checkpoint's files is found before they take memory.
         self.input_processor = InputProcessor(config, self.tokenizer)
-        check_files(Path(config.model))
+        check_checkpoint(config)
         # The current GPU is a setting of each thread, and a thread may use several engines. -1 stands for none.
         self._cuda_index = config.device.index if config.device.type == "cuda" else -1
         try:

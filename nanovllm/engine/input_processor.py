@@ -1,7 +1,6 @@
 """What users pass in -> requests. Everything is checked here, before anything is queued; called by the engine."""
 
 import dataclasses
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.structured import GrammarCompiler
 from nanovllm.inputs import TextPrompt, TokensPrompt
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.loader import read_json
 from nanovllm.utils.validation import WrongTypeError, check_bool
 
 Prompt = str | list[int] | TextPrompt | TokensPrompt | dict[str, Any]
@@ -245,6 +245,11 @@ def load_tokenizer(path: str) -> Any:
         raise ValueError(f"the tokenizer of {path} cannot be loaded: {error}") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up where there are no files
         raise ValueError(f"{path} has no tokenizer: tokenizer.json, or what that model has instead, is missing")
+    if not tokenizer.is_fast:  # texts are followed token by token, which only the tokenizers library can
+        raise ValueError(
+            f"the tokenizer of {path} is a {type(tokenizer).__name__}, written in Python, which is not supported: "
+            "save it as a tokenizer.json of the tokenizers library"
+        )
     return tokenizer
 
 
@@ -266,7 +271,7 @@ def default_sampling_params(path: Path) -> SamplingParams:
     file = path / "generation_config.json"
     if not file.is_file():
         return SamplingParams()
-    raw = json.loads(file.read_text())
+    raw = read_json(file)
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     values = {name: raw[name] for name in names if raw.get(name) is not None}
     if raw.get("do_sample") is False:

@@ -11,14 +11,18 @@ from safetensors import SafetensorError, safe_open
 
 # Buffers that old checkpoints carry and that are computed here.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def load_model(model: Any, path: str | Path) -> None:
     """Copy every tensor of the checkpoint at `path` into `model`, one at a time, straight to its device and dtype.
 
+    For a model on the meta device this only checks: of the files no more than the headers is read.
+
     Raises:
         FileNotFoundError: a shard that the index names is not there.
-        ValueError: a corrupt file; tensors that the model lacks, that the checkpoint lacks, or of the wrong shape.
+        ValueError: a corrupt file; tensors that the model lacks, that the checkpoint lacks, or of the wrong shape or
+            dtype.
     """
     path = Path(path)
     tied = model.lm_head.weight is model.model.embed_tokens.weight
@@ -39,6 +43,8 @@ def load_model(model: Any, path: str | Path) -> None:
         fused, shard_id = model.packed_modules_mapping.get(leaf, (leaf, None))
         module = model.get_submodule(f"{parent}.{fused}" if parent else fused)
         try:
+            if tensor.dtype not in WEIGHT_DTYPES:  # what it stands for would be in some scale elsewhere
+                raise ValueError(f"dtype {tensor.dtype}: quantized checkpoints are not supported, only plain floats")
             if hasattr(module, "load"):
                 module.load(param_name, tensor, shard_id)
             else:
@@ -67,13 +73,6 @@ def iterate_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, tensors.get_tensor(name)
 
 
-def check_files(path: Path) -> None:
-    """Raises what `load_model` would for files that are missing, corrupt or truncated, from their headers alone."""
-    for file in checkpoint_files(path):
-        with open_checked(file):
-            pass
-
-
 @contextmanager
 def open_checked(file: Path) -> Iterator[Any]:
     try:
@@ -85,17 +84,29 @@ def open_checked(file: Path) -> Iterator[Any]:
 
 def checkpoint_files(path: Path) -> list[Path]:
     """Those that the index names, or all there are."""
+    files = sorted(file for file in path.glob("*.safetensors") if file.is_file())
     index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = sorted({path / file for file in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is not a valid index ({error!r}): download it again") from None
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise FileNotFoundError(f"{index} names shards that are not there: {shorten(missing)}")
+    if not index.is_file():
         return files
-    return sorted(file for file in path.glob("*.safetensors") if file.is_file())
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} is not a valid index (no weight_map from tensors to files): download it again")
+    wanted = set(weight_map.values())
+    # Compared as names, so that an index cannot point out of the directory.
+    if missing := sorted(wanted - {file.name for file in files}):
+        raise FileNotFoundError(f"{index} names shards that are not beside it: {shorten(missing)}")
+    return [file for file in files if file.name in wanted]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`; raises ValueError, naming the file, for anything else."""
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file} must contain a JSON object, and contains a {type(raw).__name__}")
+    return raw
 
 
 def check_dim(tensor: torch.Tensor, dim: int, size: int) -> None:
@@ -111,4 +122,5 @@ def copy_exact(target: torch.Tensor, tensor: torch.Tensor) -> None:
 
 
 def shorten(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    shown = (name if len(name) <= 100 else f"{name[:100]}..." for name in names[:4])
+    return ", ".join(shown) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
