@@ -9,7 +9,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,7 +67,9 @@ class Company:
         assert output.metrics.num_cached_prompt_tokens == output.metrics.num_preemptions == 0
         return result(output)
 
-    def neighbours(self, rng: random.Random, count: int, max_tokens: int = 70) -> list[tuple[list[int], Any]]:
+    def neighbours(
+        self, rng: random.Random, count: int, min_tokens: int = 1, ignore_eos: bool = True
+    ) -> list[tuple[list[int], SamplingParams]]:
         """Prompts of any length that are greedy, sampled, filtered or ask for log probabilities, as it comes."""
         found = []
         for _ in range(count):
@@ -78,18 +80,24 @@ class Company:
                 top_k=rng.choice([0, 0, 20]),
                 logprobs=rng.choice([None, None, 0, 6]),
                 prompt_logprobs=rng.choice([None, None, None, 2]),
-                max_tokens=rng.randint(1, max_tokens),
-                ignore_eos=True,
+                max_tokens=rng.randint(min_tokens, 70),
+                ignore_eos=ignore_eos,
                 seed=rng.randrange(2**31),
             )
             found.append((prompt, params))
         return found
 
     def among(
-        self, llm: LLM, params: SamplingParams, rng: random.Random, count: int, place: int | None = None
+        self,
+        llm: LLM,
+        params: SamplingParams,
+        rng: random.Random,
+        count: int,
+        place: int | None = None,
+        min_tokens: int = 1,
     ) -> tuple[Any, Watch]:
         """The output of the prompt with `count` neighbours in one call; by default at a random place."""
-        requests = self.neighbours(rng, count)
+        requests = self.neighbours(rng, count, min_tokens, params.ignore_eos)
         place = rng.randint(0, count) if place is None else place
         requests.insert(place, (self.prompt, params))
         watch = Watch(llm)
@@ -100,19 +108,23 @@ class Company:
 
     def preempted(self, llm: LLM, params: SamplingParams, rng: random.Random, count: int) -> tuple[Any, Watch]:
         """As `among` in an engine whose pool is too small; the prompt comes last, so it is preempted first."""
-        llm.scheduler.eos = frozenset()
-        llm.scheduler.completion_ratio = 0.0  # expect early ends that never come
+        params = expecting_early_ends(llm, params)
         neighbours = [
             (random_prompt(rng, self.max_neighbour_len, self.vocab_size), SamplingParams(temperature=0, max_tokens=90))
             for _ in range(count)
         ]
-        fields = {name: getattr(params, name) for name in ("temperature", "seed", "max_tokens", "logprobs")}
-        requests = [*neighbours, (self.prompt, SamplingParams(**fields))]
+        requests = [*neighbours, (self.prompt, params)]
         watch = Watch(llm)
         prompts, all_params = zip(*requests)
         output = llm.generate(list(prompts), list(all_params), use_tqdm=False)[-1]
         assert_idle(llm)
         return output, watch
+
+
+def expecting_early_ends(llm: LLM, params: SamplingParams) -> SamplingParams:
+    """`params` with which requests in `llm` may end early as far as it knows, and never do: so its pool runs out."""
+    llm.scheduler.eos, llm.scheduler.completion_ratio = frozenset(), 0.0
+    return replace(params, ignore_eos=False)
 
 
 # ---- what both test, in engines and with numbers of their own ----
@@ -169,13 +181,20 @@ def check_other_settings(company: Company, expected: dict[str, Any], **options: 
 def check_everything_at_once(
     company: Company, params: SamplingParams, expected: dict[str, Any], rng: random.Random, count: int, **options: Any
 ) -> None:
-    """Random traffic over several calls, of up to `count` neighbours: chunks, hits, preemptions and waiting."""
+    """Random traffic over several calls, of up to `count` neighbours: chunks, hits and preemptions.
+
+    The seeds and options of the callers are chosen such that each of these happens, on any machine: whom the scheduler
+    takes depends on the numbers of tokens alone, since nothing ends before its length.
+    """
     with company.make(**options) as llm:
         llm.depth = rng.randint(0, 1)
-        llm.scheduler.completion_ratio = 0.0
+        params, watch = expecting_early_ends(llm, params), Watch(llm)
         for call in range(3):
-            output, _ = company.among(llm, params, rng, rng.randint(0, count))
+            output, _ = company.among(llm, params, rng, rng.randint(count // 2, count))
             assert_same(output, expected, f"{options}, call {call}")
+        assert watch.num_chunks > 0
+        assert watch.num_prefix_cached_tokens > 0
+        assert watch.num_preemptions > 0
 
 
 # ---- processes ----
