@@ -198,7 +198,8 @@ class Soak:
         # One step ahead of a token that ended the last request there may be a step which nobody waits for.
         assert len(llm._in_flight) <= llm.depth
         assert all(seq.is_finished for seqs, *_ in llm._in_flight for seq in seqs)
-        assert llm.block_manager.num_free_blocks == llm.block_manager.num_blocks
+        num_free, num_blocks = llm.block_manager.num_free_blocks, llm.block_manager.num_blocks
+        assert num_free == num_blocks, f"blocks that nobody holds: {num_blocks - num_free} of {num_blocks}"
         assert all(block.ref_count == 0 for block in llm.block_manager.blocks)
         assert sorted(llm.scheduler._free_rows) == list(range(llm.config.max_num_seqs))
 
