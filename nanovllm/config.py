@@ -50,7 +50,8 @@ class Config:
             Default 1.
         enforce_eager: run decode without CUDA graphs. Default False.
         kvcache_block_size: tokens per block: any on `sdpa`, multiples of 16 on `triton`, of 256 on `flash_attn`.
-        num_kvcache_blocks: size of the cache in blocks; -1 sizes it from free memory.
+        num_kvcache_blocks: size of the cache in blocks; -1 sizes it from free memory: of a GPU what
+            `gpu_memory_utilization` leaves, of a CPU a quarter of the RAM that is free when the engine starts.
         dtype: "auto" (the checkpoint's on CUDA, float32 on CPU), a name or a torch dtype.
         device: "auto" (CUDA if there is one), "cuda", "cuda:N" or "cpu".
         attention_backend: "sdpa", "flash_attn" or "triton"; None picks the fastest available.
