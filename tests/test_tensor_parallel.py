@@ -711,6 +711,52 @@ def test_nothing_has_a_name(qwen3):
             assert not [line for line in maps if "/SYSV" in line]
 
 
+LOOPBACK = "0100007F"  # 127.0.0.1, as the kernel prints it
+
+
+def tcp_sockets(pid: int) -> dict[str, tuple[str, str]]:
+    """By inode, of each that a process has open: its address and its peer's, which is all zeros if it listens."""
+    inodes, found = set(), {}
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            inodes.add(os.readlink(fd).removeprefix("socket:[").removesuffix("]"))
+    for name in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines():
+            _, local, remote, *others = line.split()
+            if others[6] in inodes:
+                found[others[6]] = local.partition(":")[0], remote.partition(":")[0]
+    return found
+
+
+def test_ranks_meet_in_private(qwen3):
+    """In a directory that only this user may enter, whatever the umask, and then over the loopback interface alone."""
+    seen = []
+
+    def watched(connect: Any) -> Any:
+        def wrapped(boot: dict[str, Any], *args: Any) -> Any:
+            directory = Path(boot["directory"])
+            seen.append((directory, directory.stat().st_mode & 0o777))
+            found = connect(boot, *args)
+            assert (directory / "store").exists(), "they met elsewhere"
+            return found
+
+        return wrapped
+
+    before, umask = tcp_sockets(os.getpid()), os.umask(0)
+    try:
+        with replaced(worker_group, "connect", watched), qwen3.llm(tensor_parallel_size=2) as llm:
+            ((directory, mode),) = seen
+            assert mode == 0o700
+            assert not directory.exists(), "it is of no use any more"
+            llm.generate([[1, 2, 3]], greedy(3), use_tqdm=False)
+            for pid in (os.getpid(), *worker_pids(llm)):
+                peers = {pair for inode, pair in tcp_sockets(pid).items() if inode not in before}
+                assert (LOOPBACK, LOOPBACK) in peers, "they speak through something else"
+                assert peers <= {(LOOPBACK, LOOPBACK), (LOOPBACK, "00000000")}
+    finally:
+        os.umask(umask)
+
+
 def test_del(qwen3):
     llm = qwen3.llm(tensor_parallel_size=2)
     pids = worker_pids(llm)
