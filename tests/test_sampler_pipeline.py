@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from helpers import VOCAB_SIZE, replaced
+from helpers import EOS, VOCAB_SIZE, many_prompts, replaced
 from test_sampling import NUM_DRAWS, NUM_TOKENS, SURE, chi_square_p
 from transformers import (
     LogitsProcessor,
@@ -24,7 +24,8 @@ from nanovllm import SamplingParams
 from nanovllm.engine.adjustments import prepare_sample
 from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Sequence
-from nanovllm.layers.sampler import Sampler, adjust_logits
+from nanovllm.engine.token_counts import TokenCounts
+from nanovllm.layers.sampler import LogitsAdjustments, Sampler, adjust_logits
 
 CPU = torch.device("cpu")
 PROMPT, OUTPUT = [3, 5, 7, 7, 9], [5, 11, 11, 11, 2]
@@ -57,9 +58,17 @@ def make_seq(params, prompt=PROMPT, output=OUTPUT, bad_words_ids=(), stop_ids=()
     return seq
 
 
+def prepared(seqs: list[Sequence], vocab_size: int) -> LogitsAdjustments | None:
+    """As the first step of an engine would; a sequence may be there several times."""
+    seqs_of_rows = list({id(seq): seq for seq in seqs}.values())
+    for row, seq in enumerate(seqs_of_rows):
+        seq.row = row
+    return prepare_sample(seqs, TokenCounts(len(seqs_of_rows), vocab_size, CPU))
+
+
 def ours(logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
     """logits [B, vocab] -> the probabilities that the sampler draws from, for rows that all ask for something."""
-    adjustments = prepare_sample(seqs, logits.shape[1], CPU)
+    adjustments = prepared(seqs, logits.shape[1])
     assert adjustments is not None
     assert adjustments.rows.tolist() == list(range(len(seqs)))
     return (adjust_logits(logits.clone(), adjustments) / adjustments.temperatures[:, None]).softmax(-1)
@@ -178,6 +187,89 @@ def test_order_is_vllms():
     torch.testing.assert_close(ours(logits, [make_seq(params, [0], [1])]), expected.softmax(-1))
 
 
+# ---- counts ----
+
+
+def test_counts_follow_their_sequences(monkeypatch):
+    """Sequences come, go and come back, also in other rows, and steps are interrupted; each token travels once."""
+    rng, counts = random.Random(0), TokenCounts(12, NUM_TOKENS, CPU)
+    running: list[Sequence] = []
+    waiting: list[Sequence] = []
+    free_rows, num_sent, num_came_back = list(range(12)), 0, 0
+    places = counts._places
+
+    def counted(rows_and_ids):
+        nonlocal num_sent
+        num_sent += len(rows_and_ids[0])
+        return places(rows_and_ids)
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    for _ in range(300):
+        expected_to_send = 0
+        for seq in [seq for seq in running if rng.random() < 0.05]:
+            running.remove(seq)
+            free_rows.append(seq.row)
+            if rng.random() < 0.7:
+                waiting.append(seq)
+        while free_rows and rng.random() < 0.5:
+            num_came_back += bool(waiting)
+            sizes = rng.randrange(1, 20), rng.randrange(5)
+            prompt, output = ([rng.randrange(NUM_TOKENS) for _ in range(size)] for size in sizes)
+            seq = waiting.pop() if waiting else make_seq(SamplingParams(), prompt, output)
+            seq.row = free_rows.pop(rng.randrange(len(free_rows)))
+            running.append(seq)
+        asking = [seq for seq in running if rng.random() < 0.8]
+        if not asking:
+            continue
+        if rng.random() < 0.05:
+            monkeypatch.setattr(counts, "_places", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                counts.of(asking)
+        for seq in asking:
+            seq_id, num_known = counts.known.get(seq.row, (-1, 0))
+            expected_to_send += len(seq.token_ids) - (num_known if seq_id == seq.seq_id else 0)
+        num_sent = 0
+        monkeypatch.setattr(counts, "_places", counted)
+        found = counts.of(asking)
+        assert num_sent == expected_to_send
+        for row, seq in zip(found, asking, strict=True):
+            output = torch.bincount(torch.tensor(seq.completion_token_ids, dtype=torch.int64), minlength=NUM_TOKENS)
+            in_prompt = torch.isin(torch.arange(NUM_TOKENS), torch.tensor(seq.prompt_token_ids))
+            assert torch.equal(row.long(), 2 * output + in_prompt)
+        for seq in running:
+            seq.append_token(rng.randrange(NUM_TOKENS))
+    assert num_came_back > 20
+
+
+def test_counts_take_memory_for_the_rows_that_ask():
+    counts = TokenCounts(100, NUM_TOKENS, CPU)
+    assert len(counts.counts) == 0
+    for row, size in ((2, 3), (0, 3), (3, 6), (60, 61), (99, 100)):
+        seq = make_seq(SamplingParams())
+        seq.row = row
+        counts.of([seq])
+        assert len(counts.counts) == size
+
+
+def test_penalties_survive_preemption(qwen3):
+    """Who comes back may find another's counts in its row."""
+    found = []
+    for num_blocks in (800, 16):
+        llm = qwen3.llm(num_kvcache_blocks=num_blocks, max_num_batched_tokens=64)
+        llm.scheduler.completion_ratio = 0.0  # it admits more than will fit
+        params = [
+            SamplingParams(temperature=i % 2, seed=i, max_tokens=50, presence_penalty=0.5, repetition_penalty=1.2,
+                           frequency_penalty=0.3, logit_bias={EOS: -100})
+            for i in range(8)
+        ]  # fmt: skip
+        outputs = llm.generate(many_prompts(8), params, use_tqdm=False)
+        assert (llm.stats()["num_preemptions"] > 2) == (num_blocks == 16)
+        found.append([output["token_ids"] for output in outputs])
+    assert found[0] == found[1]
+
+
 # ---- bans ----
 
 
@@ -239,7 +331,7 @@ def test_draws_follow_the_adjusted_distribution(fields):
     logits, chunk = random_logits(1, NUM_TOKENS, 5) * 0.4, 5000
     expected = theirs(logits, params)[0]
     seq = make_seq(params)
-    adjustments = prepare_sample([seq] * chunk, NUM_TOKENS, CPU)
+    adjustments = prepared([seq] * chunk, NUM_TOKENS)
     observed = torch.zeros(NUM_TOKENS, dtype=torch.int64)
     temperatures, positions = torch.full((chunk,), params.temperature), torch.full((chunk,), len(seq))
     for first in range(0, NUM_DRAWS, chunk):
@@ -257,7 +349,7 @@ def test_draws_over_a_large_vocabulary_stay_in_the_support():
     logits = random_logits(1, vocab_size, 6)
     support = theirs(logits, params)[0] > 0
     assert 100 < support.sum() < 5000
-    adjustments = prepare_sample([make_seq(params)] * chunk, vocab_size, CPU)
+    adjustments = prepared([make_seq(params)] * chunk, vocab_size)
     temperatures, positions = torch.ones(chunk), torch.full((chunk,), 10)
     # All draws but the first share the filtered logits: filtering them 250 times would prove nothing more.
     filtered = adjust_logits(logits.repeat(chunk, 1), adjustments)
@@ -271,8 +363,8 @@ def test_draws_over_a_large_vocabulary_stay_in_the_support():
 
 def test_rows_that_ask_for_nothing_pay_nothing(monkeypatch):
     plain, asking = make_seq(SamplingParams()), make_seq(SamplingParams(top_k=3))
-    assert prepare_sample([plain, plain], NUM_TOKENS, CPU) is None
-    adjustments = prepare_sample([plain, asking, plain], NUM_TOKENS, CPU)
+    assert prepared([plain, plain], NUM_TOKENS) is None
+    adjustments = prepared([plain, asking, plain], NUM_TOKENS)
     assert adjustments.rows.tolist() == [1]
     assert adjustments.top_p is adjustments.min_p is adjustments.allowed is adjustments.penalties is None
     # The sampler changes the asking row alone, and not in place.
@@ -283,7 +375,23 @@ def test_rows_that_ask_for_nothing_pay_nothing(monkeypatch):
     assert tokens[::2].tolist() == Sampler()(logits, torch.ones(3), numbers, numbers)[::2].tolist()
     # In the middle of a prompt nothing is drawn.
     asking.num_scheduled_tokens, asking.num_cached_tokens = 2, 0
-    assert prepare_sample([asking], NUM_TOKENS, CPU) is None
+    assert prepared([asking], NUM_TOKENS) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("asking", [[0], [1, 4, 5], list(range(8))], ids=str)
+def test_rows_that_ask_are_drawn_as_if_all_were_one_batch(dtype, asking):
+    """In float32, whatever the model's dtype: what a penalty makes of a logit is not rounded to that."""
+    params = SamplingParams(temperature=0.8, repetition_penalty=1.37, top_p=0.95)
+    seqs = [make_seq(params if row in asking else SamplingParams(temperature=0.8)) for row in range(8)]
+    logits, numbers, temperatures = random_logits(8, NUM_TOKENS, 3).to(dtype), torch.arange(8), torch.full((8,), 0.8)
+    logits[5, 3] = math.nan
+    adjustments = prepared(seqs, NUM_TOKENS)
+    whole = logits.float()
+    whole[asking] = adjust_logits(whole[asking], adjustments)
+    expected = Sampler()(whole, temperatures, numbers, numbers)
+    assert expected[5] == -1
+    assert Sampler()(logits, temperatures, numbers, numbers, adjustments).tolist() == expected.tolist()
 
 
 def test_a_plain_batch_takes_the_plain_path(qwen3):

@@ -8,11 +8,13 @@ import torch
 
 from nanovllm.engine.batch import to_device
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.token_counts import TokenCounts
 from nanovllm.layers.sampler import LogitsAdjustments
 
 
-def prepare_sample(seqs: list[Sequence], vocab_size: int, device: torch.device) -> LogitsAdjustments | None:
+def prepare_sample(seqs: list[Sequence], token_counts: TokenCounts) -> LogitsAdjustments | None:
     """What the rows that ask for more than a temperature need; None if none does."""
+    vocab_size, device = token_counts.vocab_size, token_counts.device
     asking = [
         (row, seq)
         for row, seq in enumerate(seqs)
@@ -59,12 +61,12 @@ def prepare_sample(seqs: list[Sequence], vocab_size: int, device: torch.device) 
     adjustments.processors = [
         (i, bind_processor(processor, seq)) for i, seq, p in numbered for processor in p.logits_processors or ()
     ]
-    if any(p.has_penalties for p in params):
-        values = [[p.presence_penalty for p in params], [p.frequency_penalty for p in params]]
-        adjustments.penalties = column([*values, [p.repetition_penalty for p in params]], np.float32).unsqueeze(-1)
-        penalized = [(i, seq) for i, seq, p in numbered if p.has_penalties]
-        adjustments.output_tokens = pairs([(i, x) for i, seq in penalized for x in seq.completion_token_ids])
-        adjustments.prompt_tokens = pairs([(i, x) for i, seq in penalized for x in seq.prompt_token_ids])
+    penalized = [(i, seq, p) for i, seq, p in numbered if p.has_penalties]
+    if penalized:
+        values = [(p.presence_penalty, p.frequency_penalty, p.repetition_penalty) for _, _, p in penalized]
+        adjustments.penalized = column([i for i, _, _ in penalized], np.int64)
+        adjustments.penalties = column(values, np.float32).T.unsqueeze(-1)
+        adjustments.counts = token_counts.of([seq for _, seq, _ in penalized])
     return adjustments
 
 

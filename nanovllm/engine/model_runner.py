@@ -29,6 +29,7 @@ from nanovllm.engine.cuda_graph import DecodeGraphs
 from nanovllm.engine.kv_cache import block_bytes, choose_num_blocks, measure_reserve, new_cache
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_output import PendingTokens, StepOutput, TokenBuffers, sampled_logprobs
+from nanovllm.engine.token_counts import TokenCounts
 from nanovllm.engine.worker_group import WorkerGroup
 from nanovllm.kernels.request_state import advance_rows, gather_rows
 from nanovllm.kernels.sampling import gumbel_max
@@ -82,6 +83,7 @@ class ModelRunner:
         load_model(self.model, config.model)
         loaded()
         self.sampler = Sampler()
+        self.token_counts = TokenCounts(config.max_num_seqs, config.hf_config.vocab_size, self.device)
         self.last_decode: DecodeBatch | None = None
         self.token_buffers = TokenBuffers(config.max_num_seqs) if self.device.type == "cuda" else None
         layers = [module for module in self.model.modules() if isinstance(module, Attention)]
@@ -211,7 +213,7 @@ class ModelRunner:
         output = StepOutput(torch.full_like(positions, -1))
         if seqs is not None:
             try:
-                adjustments = prepare_sample(seqs, logits.shape[1], self.device)
+                adjustments = prepare_sample(seqs, self.token_counts)
                 output.token_ids = self.sampler(logits, temperatures, seeds, positions, adjustments)
                 output.logprobs = sampled_logprobs(seqs, logits, output.token_ids)
             except BaseException as error:  # a user's callable may raise whatever it likes
@@ -310,7 +312,8 @@ class ModelRunner:
                 # Before the rest: to free memory is to wait for kernels, and these may be waiting for a lost rank.
                 self.workers.stop()
         finally:  # of a Ctrl-C, which `stop` has held back
-            for name in ("model", "kv_cache", "state", "sampler", "backend", "last_decode", "token_buffers", "tp"):
+            held = ["model", "kv_cache", "state", "sampler", "token_counts", "backend", "last_decode", "token_buffers"]
+            for name in [*held, "tp"]:
                 self.__dict__.pop(name, None)
             gc.collect()
             if self.device.type == "cuda":

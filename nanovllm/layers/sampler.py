@@ -6,6 +6,7 @@ top-p -> draw. Everything before the temperature changes logits; the filters aft
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +30,10 @@ class LogitsAdjustments:
     banned: torch.Tensor | None = None  # pairs: bad words about to be completed, ends before min_tokens
     bias: tuple[torch.Tensor, torch.Tensor] | None = None  # pairs, [m] float32
     processors: list[tuple[int, Callable[[torch.Tensor], torch.Tensor]]] | None = None  # (row among the n, function)
-    output_tokens: torch.Tensor | None = None  # pairs, one for each token generated
-    prompt_tokens: torch.Tensor | None = None  # pairs
-    penalties: torch.Tensor | None = None  # [3, n, 1] float32: presence, frequency, repetition
+    # Of the p rows with penalties. A count is twice how often the output has the token, plus one if the prompt has it.
+    penalized: torch.Tensor | None = None  # [p] int64, rows among the n
+    penalties: torch.Tensor | None = None  # [3, p, 1] float32: presence, frequency, repetition
+    counts: torch.Tensor | None = None  # [p, vocab] int32
 
 
 class Sampler(nn.Module):
@@ -44,11 +46,15 @@ class Sampler(nn.Module):
         adjustments: LogitsAdjustments | None = None,
     ) -> torch.Tensor:
         """logits [B, vocab]; temperatures [B] float32; seeds, positions [B] int64 -> token ids [B] int64."""
-        if adjustments is not None:
-            rows = adjustments.rows
-            # Not in place: log probabilities are of the logits as they were.
-            logits = logits.float().index_copy(0, rows, adjust_logits(logits[rows].float(), adjustments))
-        return gumbel_argmax(logits, temperatures, seeds, positions)
+        if adjustments is None:
+            return gumbel_argmax(logits, temperatures, seeds, positions)
+        # The rows that ask are drawn by themselves: the others' logits need not be copied, nor be float32.
+        rows = adjustments.rows
+        adjusted = adjust_logits(logits[rows].float(), adjustments)
+        token_ids = gumbel_argmax(adjusted, temperatures[rows], seeds[rows], positions[rows])
+        if len(rows) == len(logits):
+            return token_ids
+        return gumbel_argmax(logits, temperatures, seeds, positions).index_copy(0, rows, token_ids)
 
 
 def adjust_logits(logits: torch.Tensor, a: LogitsAdjustments) -> torch.Tensor:
@@ -62,8 +68,8 @@ def adjust_logits(logits: torch.Tensor, a: LogitsAdjustments) -> torch.Tensor:
         logits.index_put_((rows, token_ids), values, accumulate=True)
     for row, processor in a.processors or ():
         logits[row] = processor(logits[row])
-    if a.penalties is not None:
-        logits = penalize(logits, a)
+    if a.penalized is not None:
+        logits.index_copy_(0, a.penalized, penalize(logits[a.penalized], a.penalties, a.counts))
     scaled = logits / torch.where(a.temperatures < GREEDY_BELOW, 1.0, a.temperatures)[:, None]
     if a.min_p is not None:
         scaled = filter_min_p(scaled, a.min_p)
@@ -72,22 +78,12 @@ def adjust_logits(logits: torch.Tensor, a: LogitsAdjustments) -> torch.Tensor:
     return logits.masked_fill(scaled == NEG_INF, NEG_INF)
 
 
-def penalize(logits: torch.Tensor, a: LogitsAdjustments) -> torch.Tensor:
+def penalize(logits: torch.Tensor, penalties: Any, counts: Any) -> torch.Tensor:
     """Presence, frequency (both on the output alone) and repetition (prompt and output) penalties."""
-    presence, frequency, repetition = a.penalties  # type: ignore[misc]
-    counts = count_tokens(logits, a.output_tokens)
-    seen = (counts > 0) | (count_tokens(logits, a.prompt_tokens) > 0)
-    logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
-    return logits - frequency * counts - presence * (counts > 0)
-
-
-def count_tokens(logits: torch.Tensor, pairs: torch.Tensor | None) -> torch.Tensor:
-    """How often each token occurs in each row's pairs, in the shape of logits."""
-    counts = torch.zeros_like(logits)
-    if pairs is not None:
-        ones = torch.ones(pairs.shape[1], dtype=logits.dtype, device=logits.device)
-        counts.index_put_((pairs[0], pairs[1]), ones, accumulate=True)
-    return counts
+    presence, frequency, repetition = penalties
+    logits = torch.where(counts > 0, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
+    in_output = counts >> 1
+    return logits - frequency * in_output - presence * (in_output > 0)
 
 
 def filter_min_p(logits: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
