@@ -1,5 +1,6 @@
 """What adjusts logits before the draw: our probabilities against transformers' own processors, in vLLM's order."""
 
+import functools
 import itertools
 import math
 import random
@@ -311,6 +312,28 @@ def test_users_callables():
     assert seen == [(OUTPUT, (NUM_TOKENS,)), (PROMPT, OUTPUT)]
     assert found[0].argmax() == 4
     torch.testing.assert_close(found[1:], theirs(before[1:], seqs[1].sampling_params))
+
+
+def test_callables_with_more_parameters_than_have_to_be_passed():
+    """Defaults and catch-alls do not make a callable one of three arguments."""
+
+    class Scaled:
+        def __call__(self, output_ids, logits, scale=2.0):
+            return logits * scale
+
+    processors = [
+        Scaled(),
+        lambda ids, logits, scale=1.0: logits if ids == OUTPUT else None,
+        lambda ids, logits, *, scale=1.0: logits if ids == OUTPUT else None,
+        lambda ids, logits, **more: logits if ids == OUTPUT and not more else None,
+        lambda *args: args[-1] if args[:-1] == (OUTPUT,) else None,
+        functools.partial(lambda scale, ids, logits: logits if ids == OUTPUT else None, 1.0),
+        lambda prompt, ids, logits, scale=1.0: logits if (prompt, ids) == (PROMPT, OUTPUT) else None,
+    ]
+    for processor in processors:
+        seq = make_seq(SamplingParams(logits_processors=[processor]))
+        ours(random_logits(1, NUM_TOKENS, 1), [seq])
+        assert seq.request.error is None
 
 
 # ---- the draws ----

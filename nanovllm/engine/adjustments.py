@@ -106,8 +106,10 @@ def bind_processor(processor: Any, seq: Sequence) -> Any:
 
 
 def num_parameters(function: Any) -> int:
-    """2 where Python cannot tell, as of functions written in C."""
+    """Those that have to be passed, by position; 2 where Python cannot tell, as of functions written in C."""
     try:
-        return len(inspect.signature(function).parameters)
+        parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return 2
+    positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return sum(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters)
