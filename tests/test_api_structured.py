@@ -6,7 +6,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from helpers import assert_idle, copy_with_eos, make_tokenizer
+from helpers import EOS, assert_idle, copy_with_eos, make_tokenizer
 
 from nanovllm import LLM, SamplingParams, StructuredOutputsParams
 from nanovllm.utils.demo import demo_model_path
@@ -48,9 +48,10 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         **record(a={"$ref": "#/$defs/point"}, b={"$ref": "#/$defs/point"}),
     },
     "recursive": {
-        "$defs": {"node": record(required=False, leaf=DIGIT)}, **record(left={"$ref": "#/$defs/node"}, depth=DIGIT),
+        "$defs": {"node": record(value=DIGIT, children=array({"$ref": "#/$defs/node"}, 0, 2))},
+        "$ref": "#/$defs/node",
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +70,14 @@ def test_twenty_schemas(demo):
     assert len(SCHEMAS) == 20
     kinds = [schema if i % 2 else json.dumps(schema) for i, schema in enumerate(SCHEMAS.values())]
     message = [{"role": "user", "content": "Answer in JSON, in one line and without blanks."}]
-    outputs = demo.chat([message] * 20, [structured(json=kind) for kind in kinds], use_tqdm=False)
+    # Where a value may go on for ever most seeds do not come to an end.
+    params = [structured(json=kind, seed=3 if name == "recursive" else 0) for name, kind in zip(SCHEMAS, kinds)]
+    outputs = demo.chat([message] * 20, params, use_tqdm=False)
     for (name, schema), output in zip(SCHEMAS.items(), outputs, strict=True):
         assert output.outputs[0].finish_reason == "stop", f"{name}: {output['text']!r}"
         value = json.loads(output["text"])
         jsonschema.Draft202012Validator(schema).validate(value)
+        assert name != "recursive" or value["children"][0]["children"], "it has gone round at least twice"
         if name != "number":
             assert json.dumps(value, ensure_ascii=False) == output["text"], "written as json.dumps writes"
     assert_idle(demo)
@@ -149,6 +153,19 @@ def test_a_grammar_is_cut_short_by_what_it_leaves_open(demo):
     assert output["token_ids"][-1] not in demo.config.eos_token_ids
 
 
+def test_a_grammar_ends_where_eos_is_ignored(qwen3):
+    """After what is whole the end-of-sequence token is all that a grammar allows: it ends, and is not in the text."""
+    bias = {EOS: 100.0}  # drawn as soon as it may be
+    grammar = StructuredOutputsParams(regex="[a-z]{3}( x)*")
+    params = SamplingParams(
+        ignore_eos=True, skip_special_tokens=False, logit_bias=bias, seed=1, structured_outputs=grammar
+    )
+    (output,) = qwen3.llm().generate("abc", params, use_tqdm=False)
+    assert output.outputs[0].finish_reason == "stop"
+    assert re.fullmatch("[a-z]{3}", output["text"])
+    assert output["token_ids"][-1] == EOS
+
+
 def test_thousands_of_choices(demo):
     """More than llguidance takes as alternatives of a rule, many of them beginnings of others."""
     choices = [f"item {i}" for i in range(5000)]
@@ -156,6 +173,11 @@ def test_thousands_of_choices(demo):
     outputs = demo.generate(["Pick one: "] * 3, params, use_tqdm=False)
     assert all(output["text"] in choices for output in outputs)
     assert all(output.outputs[0].finish_reason == "stop" for output in outputs)
+    assert len({output["text"] for output in outputs}) > 1
+    before = demo.input_processor._grammars.cached.cache_info()
+    demo.generate(["Pick one: "] * 3, params, use_tqdm=False)
+    after = demo.input_processor._grammars.cached.cache_info()
+    assert (after.hits, after.misses) == (before.hits + 3, before.misses), "compiled once"
 
 
 def test_a_grammar_that_cannot_be_followed_ends_with_an_error(qwen3):

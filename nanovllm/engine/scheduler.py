@@ -50,7 +50,9 @@ class Scheduler:
         pool_tokens = self.block_manager.num_blocks * self.block_manager.block_size
         assert seq.max_num_tokens - 1 <= pool_tokens, "it could never run; the input processor refuses it"
         params = seq.sampling_params
-        seq.stop_ids = (frozenset() if params.ignore_eos else self.eos) | frozenset(params.stop_token_ids or ())
+        # A grammar allows an end-of-sequence token only at its end and nothing after it: there none is ignored.
+        ends = frozenset() if params.ignore_eos and seq.grammar is None else self.eos
+        seq.stop_ids = ends | frozenset(params.stop_token_ids or ())
         self.waiting.append(seq)
 
     def schedule(self) -> tuple[list[Sequence], bool]:

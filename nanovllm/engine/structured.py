@@ -1,6 +1,7 @@
 """Grammars that an output must match, through llguidance. Made by the input processor for `structured_outputs`."""
 
 import json
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,33 +26,41 @@ class GrammarCompiler:
         self.tokenizer = llguidance.hf.from_tokenizer(
             tokenizer, n_vocab=max(vocab_size, len(tokenizer)), eos_token=sorted(eos) or None
         )
+        # Requests often share theirs, and thousands of choices take 0.1 s.
+        self.cached = lru_cache(maxsize=64)(self._compile)
 
     def compile(self, params: StructuredOutputsParams) -> "Grammar":
-        """Raises ValueError for a schema, expression or grammar that cannot be compiled."""
-        matcher = self.llguidance.LLMatcher
+        """Nobody's own: what follows a completion is a copy of it.
+
+        Raises ValueError for a schema, expression or grammar that cannot be compiled.
+        """
         name = next(kind for kind in ("json", "regex", "choice", "grammar") if getattr(params, kind) is not None)
+        source = getattr(params, name)
+        return self.cached(name, source if isinstance(source, str) else json.dumps(source))
+
+    def _compile(self, name: str, source: str) -> "Grammar":
+        matcher = self.llguidance.LLMatcher
         try:
-            source = self._source(params)
-            error = matcher.validate_grammar(source, self.tokenizer)
+            grammar = self._grammar(name, source)
+            error = matcher.validate_grammar(grammar, self.tokenizer)
         except ValueError as refusal:  # of text that is not even JSON
             error = str(refusal)
         if error:
             raise ValueError(f"structured_outputs.{name} cannot be compiled: {error.strip()}")
-        return Grammar(matcher(self.tokenizer, source), self.vocab_size)
+        return Grammar(matcher(self.tokenizer, grammar), self.vocab_size)
 
-    def _source(self, params: StructuredOutputsParams) -> str:
+    def _grammar(self, name: str, source: str) -> str:
         """The grammar in llguidance's own words."""
         matcher = self.llguidance.LLMatcher
-        if params.json is not None:
-            schema = params.json if isinstance(params.json, str) else json.dumps(params.json)
-            return matcher.grammar_from_json_schema(schema, defaults=JSON_STYLE)
-        if params.regex is not None:
-            return matcher.grammar_from_regex(params.regex)
-        if params.choice is not None:
+        if name == "json":
+            return matcher.grammar_from_json_schema(source, defaults=JSON_STYLE)
+        if name == "regex":
+            return matcher.grammar_from_regex(source)
+        if name == "choice":
             # One terminal, hence one automaton: as alternatives of a rule they would meet a limit at 2000.
-            choices = " | ".join(json.dumps(text) for text in params.choice)
+            choices = " | ".join(json.dumps(text) for text in json.loads(source))
             return matcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}")
-        return matcher.grammar_from_lark(str(params.grammar))
+        return matcher.grammar_from_lark(source)
 
 
 class Grammar:
