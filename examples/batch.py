@@ -3,7 +3,8 @@
     python examples/batch.py questions.jsonl answers.jsonl --model Qwen/Qwen3-0.6B
 
 A line of the input is {"prompt": "..."} or {"messages": [...]}, with an "id" if line numbers will not do. A line is
-written as soon as its answer is complete, in the order in which answers are.
+written as soon as its answer is complete, in the order in which answers are; {"id": ..., "error": "..."} for a row that
+cannot be answered, such as one that is empty or too long.
 """
 
 import argparse
@@ -41,6 +42,15 @@ def repair(path: Path) -> set[str]:
     return {json.loads(line)["id"] for line in whole.splitlines()}
 
 
+def make_prompt(llm: LLM, row: dict[str, Any], params: SamplingParams) -> Any:
+    """Raises ValueError for a row that cannot be answered."""
+    if "messages" not in row and "prompt" not in row:
+        raise ValueError(f"it has neither 'prompt' nor 'messages', but {list(row)}")
+    prompt = llm.chat_prompts(row["messages"])[0] if "messages" in row else row["prompt"]
+    llm.stream([prompt], params)  # checks it at once, and queues nothing before somebody reads
+    return prompt
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Answer every line of a JSONL file; resumable.")
     parser.add_argument("input", type=Path)
@@ -56,24 +66,30 @@ def main() -> None:
     if not todo:
         return
     with LLM(args.model or demo_model_path()) as llm, args.output.open("a", encoding="utf-8") as output:
-        prompts = [
-            llm.chat_prompts(row["messages"])[0] if "messages" in row else row["prompt"] for row in todo.values()
-        ]
         params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
+        progress = tqdm(total=len(todo), unit="row")
+
+        def write(row_id: str, **fields: Any) -> None:
+            output.write(json.dumps({"id": row_id, **fields}, ensure_ascii=False) + "\n")
+            output.flush()
+            progress.update()
+
+        prompts = {}
+        for row_id, row in todo.items():
+            try:
+                prompts[row_id] = make_prompt(llm, row, params)
+            except ValueError as error:
+                write(row_id, error=str(error))
         # Request ids ascend in the order of the prompts, but deltas come in any: a text is known by its request's id.
         texts: dict[int, str] = {}
         first_id: int | None = None
-        row_ids = list(todo)
-        progress = tqdm(total=len(todo), unit="row")
-        for delta in llm.stream(prompts, params):
+        row_ids = list(prompts)
+        for delta in llm.stream(list(prompts.values()), params):
             first_id = delta.request_id if first_id is None else first_id
             texts[delta.request_id] = texts.get(delta.request_id, "") + delta.text
             if delta.finish_reason:
-                row_id = row_ids[delta.request_id - first_id]
-                line = {"id": row_id, "text": texts.pop(delta.request_id), "finish_reason": delta.finish_reason}
-                output.write(json.dumps(line, ensure_ascii=False) + "\n")
-                output.flush()
-                progress.update()
+                text = texts.pop(delta.request_id)
+                write(row_ids[delta.request_id - first_id], text=text, finish_reason=delta.finish_reason)
         progress.close()
 
 

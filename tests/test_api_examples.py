@@ -219,6 +219,21 @@ def test_batch_is_resumable(tmp_path, example):
     assert "7 rows, 7 answered already" in example(*command)
 
 
+def test_batch_goes_on_past_rows_that_cannot_be_answered(tmp_path, example):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = [{"prompt": ""}, {"prompt": "Hello"}, {"prompt": "word " * 20_000}, {"messages": []}, {"text": "Hello"}]
+    rows += [{"prompt": ["Hello", "there"]}, {"messages": [{"role": "user", "content": "Hi"}]}]
+    source.write_text("\n".join(map(json.dumps, rows)))
+    example("examples/batch.py", str(source), str(target), "--max-tokens", "4")
+    lines = {line["id"]: line for line in map(json.loads, target.read_text().splitlines())}
+    assert sorted(lines) == [str(i) for i in range(7)]
+    expected = {"0": "is empty", "2": "max_model_len", "3": "messages must be", "4": "'text'", "5": "integer token ids"}
+    for row_id, match in expected.items():
+        assert match in lines[row_id]["error"]
+    assert all(lines[row_id]["text"] for row_id in ("1", "6"))
+    assert "7 rows, 7 answered already" in example("examples/batch.py", str(source), str(target))
+
+
 def test_streaming_chat_and_structured(example):
     assert "tokens/s" in example("examples/streaming.py", "--max-tokens", "8")
     out = example("examples/chat.py", "--max-tokens", "8")
