@@ -10,6 +10,7 @@ from helpers import MIN_MARGIN, Watch, greedy, many_prompts
 from scipy import stats
 
 from nanovllm import SamplingParams
+from nanovllm.engine.input_processor import fold_seed
 from nanovllm.kernels import sampling
 from nanovllm.kernels.sampling import GREEDY_BELOW, gumbel_argmax, gumbel_noise_torch, mix32
 from nanovllm.layers.sampler import Sampler
@@ -211,6 +212,23 @@ def test_the_hash_is_a_bijection_and_stays_in_32_bits():
     assert len(torch.unique(hashed)) == len(x)
     bits = (hashed[:, None] >> torch.arange(32)) & 1
     assert (bits.double().mean(0) - 0.5).abs().max() < 0.005
+
+
+def test_seeds_and_noise_are_what_they_were():
+    """A seed means the same draws in the next release, so the numbers themselves are pinned."""
+    folded = [fold_seed(*pair) for pair in ((0, 0), (0, 1), (11, 0), (11, 2), (-1, 0), (2**63 - 1, 1))]
+    assert folded == [
+        0, -2152535657050944081, 3774817245553408877, 4839782808629744545, -5417735806833148549, 3055647633038352039
+    ]  # fmt: skip
+    hashed = mix32(torch.tensor([0, 1, 2, 0x9E3779B9, 2**32 - 1]))
+    assert hashed.tolist() == [0, 1753845952, 3507691905, 33350994, 1734902346]
+    token_ids = torch.tensor([0, 1, 2, 31_999, 151_935])
+    noise = gumbel_noise_torch(torch.tensor([11, -5]), torch.tensor([7, 4095]), token_ids)
+    expected = [
+        [-0.164421216, -1.046372056, -1.677154660, 0.096759140, 0.688338280],
+        [0.193172961, 0.873836279, 0.589925230, -1.527564526, 1.791018724],
+    ]
+    torch.testing.assert_close(noise, torch.tensor(expected), rtol=1e-6, atol=1e-6)
 
 
 def test_noise_depends_on_seed_position_and_token_alone():
