@@ -75,10 +75,15 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class StreamDelta:
-    """What is new of one completion; the last one of it has a `finish_reason`."""
+    """What is new of one completion; the last one of it has a `finish_reason`.
+
+    `logprobs` are those of `token_ids`, if they were asked for; `prompt_logprobs` come with completion 0's first delta.
+    """
 
     request_id: int
     index: int
     text: str
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None

@@ -86,7 +86,8 @@ class SamplingParams:
         include_stop_str_in_output: keep the stop string, or the text of the token that ended it, in the text.
         detokenize: False leaves `text` empty.
         skip_special_tokens: leave special tokens out of the text. Default True.
-        spaces_between_special_tokens: as in transformers' `decode`. Default True.
+        spaces_between_special_tokens: changes nothing: it is for transformers' tokenizers in Python, and all here are
+            of the tokenizers library, whose `decode` decides that itself. Default True.
         logits_processors: callables (output ids, logits [vocab]) or (prompt ids, output ids, logits [vocab]), which
             return the logits to use.
         structured_outputs: a grammar that the output must match.

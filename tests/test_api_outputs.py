@@ -19,6 +19,8 @@ from helpers import (
     greedy,
     make_tokenizer,
     many_prompts,
+    random_prompt,
+    replaced,
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
@@ -129,6 +131,26 @@ def test_logprobs_of_a_prefix_cached_prompt(qwen3):
     assert_logprobs(qwen3.model, cached, 0, None)
 
 
+@pytest.mark.parametrize("budget", [16384, 300])
+def test_logprobs_of_a_long_prompt(qwen3, budget):
+    """More than have their logits at once, in one step and in chunks that are none of these."""
+    llm, runs = qwen3.llm(max_model_len=512, max_num_batched_tokens=budget), []
+
+    def counted(execute):
+        def wrapped(step, seqs=None):
+            runs.extend(end - begin for begin, end in step.logprob_runs)
+            return execute(step, seqs)
+
+        return wrapped
+
+    prompt = random_prompt(random.Random(0), 400)
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, logprobs=3, prompt_logprobs=3)
+    with replaced(llm.model_runner, "execute", counted):
+        (output,) = llm.generate([prompt], params, use_tqdm=False)
+    assert runs == ([256, 143] if budget == 16384 else [256, 44, 99])
+    assert_logprobs(qwen3.model, output, 3, 3)
+
+
 def test_logprobs_with_several_samples(qwen3, llm):
     params = SamplingParams(n=3, seed=2, max_tokens=12, logprobs=2, prompt_logprobs=1, ignore_eos=True)
     llm.reset_prefix_cache()
@@ -156,28 +178,42 @@ def test_logprobs_of_the_demo_model():
 
 
 def texts_of(llm: LLM, prompts, params: SamplingParams) -> tuple[list[str], list[str]]:
-    """The texts of `generate`, and the concatenated deltas of `stream`; the ids and ends must be the same too."""
+    """The texts of `generate`, and the concatenated deltas of `stream`; ids, ends and numbers must be the same too."""
     outputs = llm.generate(prompts, params, use_tqdm=False)
     expected = [completion for output in outputs for completion in output.outputs]
-    ids = {}
+    prompt_logprobs = []
     found: dict[tuple[int, int], CompletionOutput] = {}
     for delta in llm.stream(prompts, params):
         key = delta.request_id, delta.index
-        into = found.setdefault(key, CompletionOutput(delta.index, "", [], None, None, None))
+        is_first = key not in found
+        into = found.setdefault(key, CompletionOutput(delta.index, "", [], None, params.logprobs and [], None))
         assert into.finish_reason is None, "nothing comes after the end"
+        assert (delta.prompt_logprobs is not None) == (params.prompt_logprobs is not None and is_first and not key[1])
+        if delta.prompt_logprobs is not None:
+            prompt_logprobs.append(delta.prompt_logprobs)
+        if params.logprobs is not None:
+            into.logprobs += delta.logprobs
+        assert (delta.logprobs is None) == (params.logprobs is None)
         into.text += delta.text
         into.token_ids += delta.token_ids
         into.finish_reason = delta.finish_reason
-        ids[key] = None
     completions = [found[key] for key in sorted(found)]
     assert [c.token_ids for c in completions] == [c.token_ids for c in expected]
     assert [c.finish_reason for c in completions] == [c.finish_reason for c in expected]
+    assert [c.logprobs for c in completions] == [c.logprobs for c in expected]
+    if params.prompt_logprobs is not None:
+        assert prompt_logprobs == [output.prompt_logprobs for output in outputs]
     return [c.text for c in expected], [c.text for c in completions]
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"n": 3}, {"stop": ["zz", "abc", "é"]}, {"skip_special_tokens": False}], ids=str
-)
+    "fields",
+    [
+        {}, {"n": 3}, {"stop": ["zz", "abc", "é"]}, {"skip_special_tokens": False},
+        {"n": 2, "logprobs": 2, "prompt_logprobs": 1, "stop": ["z"]},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_deltas_add_up_to_the_text_of_generate(llm, fields):
     """Random bytes, most of them no valid UTF-8, and ids beyond the tokenizer's vocabulary among them."""
     params = SamplingParams(temperature=1.5, seed=3, max_tokens=60, ignore_eos=True, **fields)
@@ -318,6 +354,17 @@ def test_special_tokens_and_detokenize(llm):
     _, output = forced(llm, [a, EOS, b], ignore_eos=True, detokenize=False)
     assert output["text"] == ""
     assert output["token_ids"] == [a, EOS, b]
+
+
+@pytest.mark.parametrize("spaces", [True, False])
+def test_spaces_between_special_tokens_are_the_tokenizers_own(spaces):
+    """transformers leaves them to the tokenizers library, whatever it is told; so does the text here."""
+    backend = Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    ids = tokenizer.convert_tokens_to_ids(["a", "<s>", "</s>", "<s>", "b"])
+    theirs = tokenizer.decode(ids, skip_special_tokens=False, spaces_between_special_tokens=spaces)
+    params = SamplingParams(skip_special_tokens=False, spaces_between_special_tokens=spaces)
+    assert full_text(tokenizer, ids, params) == theirs == "a <s> </s> <s> b"
 
 
 @pytest.mark.parametrize("skip", [True, False])

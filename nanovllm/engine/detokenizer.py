@@ -105,6 +105,5 @@ def decode(tokenizer: Any, token_ids: list[int], params: SamplingParams) -> str:
     return tokenizer.decode(
         token_ids,
         skip_special_tokens=params.skip_special_tokens,
-        spaces_between_special_tokens=params.spaces_between_special_tokens,
         clean_up_tokenization_spaces=False,  # it looks ahead, which a stream cannot
     )

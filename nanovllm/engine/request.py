@@ -97,12 +97,16 @@ class Request:
             if seq.index in self.closed:
                 continue
             text = seq.detokenizer.take() if seq.detokenizer is not None else ""
-            token_ids = seq.token_ids[seq.num_prompt_tokens + self.num_taken[seq.index] :]
+            begin = self.num_taken[seq.index]
+            token_ids = seq.token_ids[seq.num_prompt_tokens + begin :]
             self.num_taken[seq.index] += len(token_ids)
             if seq.finish_reason is not None:
                 self.closed.add(seq.index)
             if text or token_ids or seq.finish_reason is not None:
-                deltas.append(StreamDelta(self.request_id, seq.index, text, token_ids, seq.finish_reason))
+                delta = StreamDelta(self.request_id, seq.index, text, token_ids, seq.finish_reason)
+                delta.logprobs = self._completion_logprobs(seq, begin)
+                delta.prompt_logprobs = self._prompt_logprobs() if begin == seq.index == 0 else None
+                deltas.append(delta)
         return deltas
 
     def output(self) -> RequestOutput:
@@ -122,10 +126,9 @@ class Request:
 
     def _completion(self, seq: Sequence) -> CompletionOutput:
         token_ids = seq.completion_token_ids
-        logprobs = cumulative_logprob = None
+        cumulative_logprob = None
         if self.params.logprobs is not None:
             cumulative_logprob = sum([entry[0] for entry in seq.logprobs[: len(token_ids)]], 0.0)
-            logprobs = [self._logprobs(*entry, self.params.logprobs) for entry in zip(token_ids, seq.logprobs)]
         if not self.params.detokenize:
             text = ""
         elif seq.detokenizer is not None:
@@ -137,10 +140,18 @@ class Request:
             text=text,
             token_ids=token_ids,
             cumulative_logprob=cumulative_logprob,
-            logprobs=logprobs,
+            logprobs=self._completion_logprobs(seq),
             finish_reason=seq.finish_reason,
             stop_reason=seq.stop_reason,
         )
+
+    def _completion_logprobs(self, seq: Sequence, begin: int = 0) -> list[dict[int, Logprob]] | None:
+        """Of its tokens from `begin` on."""
+        k = self.params.logprobs
+        if k is None:
+            return None
+        entries = zip(seq.completion_token_ids[begin:], seq.logprobs[begin:])
+        return [self._logprobs(token_id, entry, k) for token_id, entry in entries]
 
     def _prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
         k = self.params.prompt_logprobs
