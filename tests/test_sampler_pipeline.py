@@ -343,6 +343,8 @@ DRAWN = [
     {"temperature": 1.3, "top_p": 0.8},
     {"temperature": 0.9, "min_p": 0.1},
     {"temperature": 1.1, "penalties": True},
+    {"temperature": 1.0, "repetition_penalty": 1.6},
+    {"temperature": 1.0, "presence_penalty": 1.3},
     {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.02, "penalties": True},
 ]
 
@@ -367,21 +369,38 @@ def test_draws_follow_the_adjusted_distribution(fields):
     assert chi_square_p(observed[support], expected[support]) > SURE
 
 
-def test_draws_over_a_large_vocabulary_stay_in_the_support():
-    params, chunk, vocab_size = as_params({"top_k": 5000, "top_p": 0.9, "min_p": 1e-3, "penalties": True}), 8, 151_936
-    logits = random_logits(1, vocab_size, 6)
-    support = theirs(logits, params)[0] > 0
-    assert 100 < support.sum() < 5000
-    adjustments = prepared([make_seq(params)] * chunk, vocab_size)
-    temperatures, positions = torch.ones(chunk), torch.full((chunk,), 10)
-    # All draws but the first share the filtered logits: filtering them 250 times would prove nothing more.
-    filtered = adjust_logits(logits.repeat(chunk, 1), adjustments)
-    drawn = Sampler()(logits.repeat(chunk, 1), temperatures, torch.arange(chunk), positions, adjustments).tolist()
-    for first in range(chunk, 2000, chunk):
-        drawn += Sampler()(filtered, temperatures, torch.arange(first, first + chunk), positions).tolist()
-    assert len(drawn) == 2000
-    assert support[torch.tensor(drawn)].all()
-    assert len(set(drawn)) > 50
+LARGE = [
+    {"temperature": 1.0, "top_k": 5000, "top_p": 0.9, "min_p": 1e-3, "penalties": True},
+    {"temperature": 0.6, "top_k": 50},
+    {"temperature": 1.5, "top_p": 0.5},
+    {"temperature": 1.2, "min_p": 0.02},
+    {"temperature": 0.8, "top_k": 1000, "top_p": 0.7, "penalties": True},
+]
+
+
+@pytest.mark.parametrize("fields", LARGE, ids=str)
+def test_draws_over_a_large_vocabulary_stay_in_the_support(fields):
+    """Of rows with logits of their own; 400 draws each time, hence 2,000."""
+    params, num_rows, vocab_size = as_params(fields), 8, 151_936
+    logits = random_logits(num_rows, vocab_size, 6)
+    seqs = [make_seq(params, output=[row, row, 11]) for row in range(num_rows)]
+    support = torch.cat(
+        [theirs(logits[i : i + 1], params, output=s.completion_token_ids) > 0 for i, s in enumerate(seqs)]
+    )
+    assert support.sum(-1).min() >= 20
+    assert support.sum(-1).max() < vocab_size // 2
+    adjustments = prepared(seqs, vocab_size)
+    temperatures, positions = torch.full((num_rows,), params.temperature), torch.full((num_rows,), 10)
+    # What the filters leave of the same logits is the same each time, and to sort them 50 times would be all the work.
+    filtered, drawn = adjust_logits(logits.clone(), adjustments), set()
+    for i in range(50):
+        seeds = torch.arange(num_rows) + i * num_rows
+        tokens = Sampler()(filtered, temperatures, seeds, positions)
+        if i % 25 == 0:
+            assert torch.equal(Sampler()(logits, temperatures, seeds, positions, adjustments), tokens)
+        assert support.gather(1, tokens[:, None]).all()
+        drawn.update(tokens.tolist())
+    assert len(drawn) > 100
 
 
 def test_rows_that_ask_for_nothing_pay_nothing(monkeypatch):
