@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import dataclasses
+import importlib.util
 import json
 import random
 import resource
@@ -18,7 +19,7 @@ from simulator import check_blocks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, SamplingParams, StructuredOutputsParams
 from nanovllm.engine import input_processor
 from nanovllm.engine.sequence import Sequence
 
@@ -246,6 +247,68 @@ def many_prompts(count: int = 64, seed: int = 0) -> list[list[int]]:
 
 def greedy(max_tokens: int = 64, ignore_eos: bool = True) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=ignore_eos)
+
+
+def everything_at_once() -> tuple[list[list[int]], list[SamplingParams]]:
+    """Requests that use every sampling parameter between them, each its own seed.
+
+    Those whose draws read the tokens before them end first: as long as one is there no step runs ahead.
+    """
+    letters = make_tokenizer().encode("ab cdé")
+    text: dict[str, Any] = {"allowed_token_ids": letters}
+    penalties = {"presence_penalty": 0.6, "frequency_penalty": -0.3, "repetition_penalty": 1.3}
+
+    def last_is_unlikely(output_ids, logits):
+        return logits.index_fill(0, torch.tensor(output_ids[-1:], dtype=torch.int64, device=logits.device), -5.0)
+
+    fields: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 0, "logprobs": 5, "prompt_logprobs": 3},
+        {"temperature": 0, "min_tokens": 5, "stop_token_ids": list(range(0, VOCAB_SIZE, 4))},
+        {"top_k": 5},
+        {"top_p": 0.8, "temperature": 1.4},
+        {"min_p": 0.1},
+        {"top_k": 20, "top_p": 0.9, "min_p": 0.02, "temperature": 0.7, "logprobs": 2},
+        {"logit_bias": {65: 5.0, 70: -100.0}},
+        {"n": 2, "temperature": 0.9},
+        {"n": 2, "logprobs": 0, "prompt_logprobs": 1, "top_k": 30},
+        {"detokenize": False},
+        {"logit_bias": {EOS: 4.0}},
+        {"logit_bias": {EOS: 4.0}, "ignore_eos": True, "skip_special_tokens": False},
+        {"stop": ["ab", "zz"], **text},
+        {"stop": ["é", "cd"], "include_stop_str_in_output": True, "min_tokens": 12, **text},
+        {"stop": "a", "min_tokens": 16, **text},
+        {"stop_token_ids": letters[:1], "min_tokens": 14, **text},
+        {"stop": "c", "n": 2, "min_tokens": 10, **text},
+        {"max_tokens": 6, **penalties},
+        {"max_tokens": 6, "temperature": 0, "repetition_penalty": 1.5, "logprobs": 1},
+        {"max_tokens": 6, "bad_words": ["a", "b c"], **text},
+        {"max_tokens": 6, "logits_processors": [last_is_unlikely], "top_p": 0.9},
+        {"max_tokens": 6, "top_k": 40, "top_p": 0.95, "min_p": 0.01, **penalties},
+    ]
+    if importlib.util.find_spec("llguidance") is not None:
+        fields.append({"max_tokens": 6, "structured_outputs": StructuredOutputsParams(regex="[a-z]{2,5}!")})
+    params = [SamplingParams(**{"seed": i, "max_tokens": 30, **own}) for i, own in enumerate(fields)]
+    return many_prompts(len(params), seed=9), params
+
+
+def assert_same_outputs(actual: list[Any], expected: list[Any], tolerance: float) -> None:
+    """Tokens, texts and ends are equal, log probabilities within `tolerance`."""
+
+    def numbers(entries: list[Any] | None) -> list[list[float]]:  # the token's own first; equals may change places
+        lists = [[entry.logprob for entry in found.values()] for found in entries or [] if found is not None]
+        return [[values[0], *sorted(values[1:])] for values in lists]
+
+    for i, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        pairs = [(one.prompt_logprobs, other.prompt_logprobs)]
+        for a, b in zip(one.outputs, other.outputs, strict=True):
+            found, wanted = ((c.token_ids, c.text, c.finish_reason, c.stop_reason) for c in (a, b))
+            assert found == wanted, f"request {i}"
+            pairs.append((a.logprobs, b.logprobs))
+        for found, wanted in pairs:
+            assert (found is None) == (wanted is None), f"request {i}"
+            for x, y in zip(numbers(found), numbers(wanted), strict=True):
+                torch.testing.assert_close(torch.tensor(x), torch.tensor(y), rtol=0, atol=tolerance)
 
 
 def assert_matches(

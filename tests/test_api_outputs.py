@@ -14,8 +14,10 @@ from helpers import (
     Watch,
     assert_idle,
     assert_matches,
+    assert_same_outputs,
     copy_checkpoint,
     copy_with_eos,
+    everything_at_once,
     greedy,
     make_tokenizer,
     many_prompts,
@@ -34,9 +36,11 @@ from nanovllm.utils.demo import demo_model_path
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module")
-def llm(qwen3) -> LLM:
-    return qwen3.llm()
+@pytest.fixture(scope="module", params=[0, 1], ids=["depth 0", "depth 1"])
+def llm(qwen3, request) -> LLM:
+    llm = qwen3.llm()
+    llm.depth = request.param
+    return llm
 
 
 @pytest.fixture(scope="module")
@@ -538,6 +542,34 @@ def test_docs_name_what_there_is():
     for field in dataclasses.fields(SamplingParams):
         assert not field.init or f"        {field.name}: " in SamplingParams.__doc__
     assert (Path(__file__).parent.parent / "docs" / "api.md").is_file()
+
+
+# ---- everything ----
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_every_parameter_in_one_batch(qwen3, depth):
+    """As each request by itself, in chunks and with preemptions, one step ahead and not; streams say the same."""
+    prompts, params = everything_at_once()
+    used = {f.name for p in params for f in dataclasses.fields(p) if f.init and getattr(p, f.name) != f.default}
+    assert used == {f.name for f in dataclasses.fields(SamplingParams) if f.init} - {"spaces_between_special_tokens"}
+    alone = qwen3.llm()
+    expected = [alone.generate(*request, use_tqdm=False)[0] for request in zip(prompts, params)]
+    ends = {(type(c.stop_reason), c.finish_reason) for output in expected for c in output.outputs}
+    assert ends == {(str, "stop"), (int, "stop"), (type(None), "stop"), (type(None), "length")}
+    llm = qwen3.llm(num_kvcache_blocks=60, max_num_batched_tokens=150)
+    llm.depth, llm.scheduler.completion_ratio = depth, 0.0  # it admits more than will fit
+    watch = Watch(llm)
+    assert_same_outputs(llm.generate(prompts, params, use_tqdm=False), expected, TOLERANCE)
+    assert watch.num_preemptions > 0
+    assert watch.num_chunks > 0
+    assert (watch.num_wasted_rows > 0) == (depth == 1)
+    texts: dict[tuple[int, int], str] = {}
+    for delta in llm.stream(prompts, params):
+        key = delta.request_id, delta.index
+        texts[key] = texts.get(key, "") + delta.text
+    assert [texts[key] for key in sorted(texts)] == [c.text for output in expected for c in output.outputs]
+    assert_idle(llm)
 
 
 # ---- draws that depend on the tokens before them ----

@@ -22,7 +22,9 @@ from helpers import (
     Watch,
     assert_idle,
     assert_matches,
+    assert_same_outputs,
     assert_top_5,
+    everything_at_once,
     greedy,
     make_tokenizer,
     many_prompts,
@@ -34,11 +36,15 @@ from helpers import (
     teacher_forced,
 )
 from scipy import stats
+from test_sampler_pipeline import make_seq
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.attention import BACKENDS, why_not
+from nanovllm.engine.adjustments import prepare_sample
 from nanovllm.engine.cuda_graph import batch_buckets
 from nanovllm.engine.step_output import TokenBuffers
+from nanovllm.engine.token_counts import TokenCounts
+from nanovllm.layers.sampler import adjust_logits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -238,6 +244,52 @@ def test_log_probabilities_of_a_step_equal_transformers(model, backend, depth, e
         assert (actual - wanted).abs().max() < TOLERANCE
         best = torch.tensor([max(logprob.logprob for logprob in entry.values()) for entry in entries])
         assert (best - actual).max() < 2 * TOLERANCE
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_every_parameter_in_one_batch_equals_the_cpu(checkpoints, depth):
+    """In float32 the same tokens and texts, whatever a row asks for."""
+    checkpoint, (prompts, params) = checkpoints("qwen3"), everything_at_once()
+    expected = checkpoint.llm().generate(prompts, params, use_tqdm=False)
+    with checkpoint.llm(device="cuda", dtype="float32", attention_backend="sdpa") as llm:
+        llm.depth = depth
+        watch = Watch(llm)
+        actual = llm.generate(prompts, params, use_tqdm=False)
+        assert (watch.num_wasted_rows > 0) == (depth == 1)
+        assert_idle(llm)
+    assert_same_outputs(actual, expected, 1e-3)
+
+
+def test_adjusted_logits_equal_the_cpus_over_a_large_vocabulary():
+    """Where top-p cuts, the last bits of a sum decide: a token there may differ."""
+    vocab_size, rng, seqs = 151_936, random.Random(14), []
+    fields: list[dict[str, Any]] = [
+        {"presence_penalty": 0.7, "frequency_penalty": -0.4, "repetition_penalty": 1.3, "temperature": 0.7},
+        {"repetition_penalty": 0.8, "top_k": 1000},
+        {"top_p": 0.9, "temperature": 1.3},
+        {"min_p": 0.01},
+        {"frequency_penalty": 1.1, "top_k": 5000, "top_p": 0.8, "min_p": 1e-4, "logit_bias": {7: 3.0}},
+    ]
+    for row, own in enumerate(fields):
+        prompt, output = (random_prompt(rng, length, vocab_size) for length in (300, 200))
+        seqs.append(make_seq(SamplingParams(**own), prompt, output + output[:50]))
+        seqs[-1].row = 2 * row + 1
+    logits = torch.randn(5, vocab_size, generator=torch.Generator().manual_seed(14)) * 2.5
+    adjusted = []
+    for device in (torch.device("cpu"), DEVICE):
+        counts = TokenCounts(16, vocab_size, device)
+        for _ in range(2):  # from scratch, and with what is there already
+            adjustments = prepare_sample(seqs, counts)
+            assert adjustments is not None
+            adjusted.append(adjust_logits(logits.to(device, copy=True), adjustments).cpu())
+    assert torch.equal(adjusted[0], adjusted[1])
+    assert torch.equal(adjusted[2], adjusted[3])
+    kept = [rows > float("-inf") for rows in (adjusted[0], adjusted[2])]
+    assert (kept[0] != kept[1]).sum(-1).max() <= 2
+    assert kept[0].sum(-1).tolist()[0] == vocab_size
+    assert kept[0].sum(-1)[1:].max() < vocab_size // 2
+    both = kept[0] & kept[1]
+    torch.testing.assert_close(adjusted[2][both], adjusted[0][both], rtol=0, atol=1e-5)
 
 
 # ---- the engine against itself ----
