@@ -958,6 +958,23 @@ def test_ctrl_c_leaves_the_lock_to_others(qwen3, use):
     assert at_lines(interrupted, (InterruptIn(n, LOCK, "line return") for n in range(1, 1000))) > 15
 
 
+def test_ctrl_c_leaves_no_forward_behind(qwen3):
+    """The next one of this thread is not refused as a second one at once, though somebody keeps the exception."""
+    llm, kept = qwen3.llm(), []
+    (expected,) = llm.generate([[7]], greedy(4), use_tqdm=False)
+
+    def interrupted(interrupt: InterruptAtLine) -> None:
+        with interrupt:
+            try:
+                llm.generate([[7]], greedy(1), use_tqdm=False)
+            except KeyboardInterrupt as error:
+                kept.append(error)
+        (output,) = llm.generate([[7]], greedy(4), use_tqdm=False)
+        assert output["token_ids"] == expected["token_ids"], interrupt.where
+
+    assert at_lines(interrupted, (InterruptIn(n, "run_model", "line return") for n in range(1, 1000))) == len(kept) > 10
+
+
 @pytest.mark.parametrize("cleanup", ["_recover", "_drop"])
 @pytest.mark.parametrize("depth", [0, 1])
 def test_ctrl_c_once_more_during_the_recovery(qwen3, depth, cleanup):

@@ -138,15 +138,14 @@ HALVED = {  # in this dimension, as one of two ranks would hold it
 }
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-@pytest.mark.parametrize("name", list(SHAPES))
+# All can be split so but a model of six heads, and three of keys and values: see test_what_can_be_split.
+LAYOUTS = [(name, num_ranks) for name in SHAPES for num_ranks in (1, 2, 4) if num_ranks == 1 or name != "llama-6q3kv"]
+
+
+@pytest.mark.parametrize(("name", "num_ranks"), LAYOUTS)
 def test_the_check_before_the_start_knows_every_layout(checkpoints, tmp_path, name, num_ranks):
     source = checkpoints(name).path
-    try:
-        config = Config(str(source), device="cpu", tensor_parallel_size=num_ranks)
-    except ValueError:
-        pytest.skip("cannot be split so")
-    check_checkpoint(config)
+    check_checkpoint(Config(str(source), device="cpu", tensor_parallel_size=num_ranks))
     for wrong, dim in HALVED.items():
 
         def halve(tensors, wrong=wrong, dim=dim):

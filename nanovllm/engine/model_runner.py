@@ -36,7 +36,7 @@ from nanovllm.kernels.sampling import gumbel_max
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.sampler import Sampler, compute_logprobs
 from nanovllm.models import build_model, get_model_class
-from nanovllm.utils.context import Context, set_context
+from nanovllm.utils.context import Context, clear_context, set_context
 from nanovllm.utils.distributed import TensorParallel
 from nanovllm.utils.interrupts import deferred_interrupts
 from nanovllm.utils.loader import load_model
@@ -275,9 +275,12 @@ class ModelRunner:
 
     def run_model(self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context) -> torch.Tensor:
         """input_ids, positions [T] int64 -> hidden states [T, hidden], or of the context's `output_tokens`."""
-        with set_context(context):
-            self.backend.prepare(context)
-            return self.model(input_ids, positions)
+        try:
+            with set_context(context):
+                self.backend.prepare(context)
+                return self.model(input_ids, positions)
+        finally:  # Ctrl-C may have struck where the block is entered or left
+            clear_context(context)
 
     # ---- memory ----
 

@@ -150,7 +150,7 @@ class Request:
         k = self.params.logprobs
         if k is None:
             return None
-        entries = zip(seq.completion_token_ids[begin:], seq.logprobs[begin:])
+        entries = zip(seq.token_ids[seq.num_prompt_tokens + begin :], seq.logprobs[begin:])
         return [self._logprobs(token_id, entry, k) for token_id, entry in entries]
 
     def _prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:

@@ -42,8 +42,14 @@ def get_context() -> Context:
 def set_context(context: Context) -> Iterator[None]:
     """Make `context` the current one; refuses nesting, which would be two forwards at once."""
     assert _current.get() is None, "one forward at a time"
-    token = _current.set(context)
     try:
+        _current.set(context)
         yield
     finally:
-        _current.reset(token)
+        clear_context(context)
+
+
+def clear_context(context: Context) -> None:
+    """Not the current one any more; another may be, since whoever keeps an exception keeps `set_context` waiting."""
+    if _current.get() is context:
+        _current.set(None)
