@@ -17,7 +17,7 @@ run() { # NAME, arguments of pytest
 start=$SECONDS
 last=$(($(nvidia-smi -L | wc -l) - 1)) # the second GPU, if there is one
 engine() {
-  run engine tests/test_gpu.py -n 3 --dist load -k "not sized and not any_gpu"
+  run engine tests/test_gpu.py -n 3 --dist loadgroup -k "not sized and not any_gpu"
 }
 others() {
   # Alone on its GPU: these measure the memory that is in use, or use it up.

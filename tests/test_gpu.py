@@ -317,6 +317,7 @@ def test_backends_agree_with_sdpa(model, backend):
     assert max_difference(*results) < TOLERANCE
 
 
+@pytest.mark.xdist_group("half of the GPU's memory")
 @pytest.mark.parametrize("backend", CAPTURED)
 def test_every_batch_size_around_a_bucket(model, backend):
     """Padding rows change nothing, whichever graph a batch lands in; and both ends of every graph."""
