@@ -1,11 +1,14 @@
-"""The picture of bench.py --plot: output tokens per second against the batch size, under the memory-bandwidth floor."""
+"""Pictures of what bench.py measures: by batch size (bench.py --plot), and by ranks (benchmarks.scaling --plot)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-def plot_batch_sizes(path: Path, title: str, results: list[dict[str, Any]]) -> None:
-    """Draw results of `measure`, one a batch size, to a picture file; both axes are logarithmic."""
+@contextmanager
+def log_axes(path: Path, title: str, x_label: str, x_ticks: list[int]) -> Iterator[Any]:
+    """Axes to draw output tokens/s on, both logarithmic; at the end they are saved to a picture file."""
     try:
         import matplotlib
     except ModuleNotFoundError:
@@ -13,21 +16,45 @@ def plot_batch_sizes(path: Path, title: str, results: list[dict[str, Any]]) -> N
     matplotlib.use("agg")  # a file is wanted, not a window
     from matplotlib import pyplot, ticker
 
-    floors = [result["floor_tok_per_s"] for result in results]
-    batch_sizes = [result["num_seqs"] for result in results]
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.plot(batch_sizes, floors, "--", color="gray", label="if only memory bandwidth counted")
-    axes.plot(batch_sizes, [result["output_tok_per_s"][0] for result in results], "o-", label="measured")
+    yield axes
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(batch_sizes, [str(size) for size in batch_sizes])
+    axes.set_xticks(x_ticks, [str(tick) for tick in x_ticks])
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
     axes.minorticks_off()
-    axes.set_xlabel("requests together")
+    axes.set_xlabel(x_label)
     axes.set_ylabel("output tokens/s")
     axes.set_title(title, fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def plot_batch_sizes(path: Path, title: str, results: list[dict[str, Any]]) -> None:
+    """Draw results of `measure`, one a batch size, under the memory-bandwidth floor."""
+    batch_sizes = [result["num_seqs"] for result in results]
+    with log_axes(path, title, "requests together", batch_sizes) as axes:
+        floors = [result["floor_tok_per_s"] for result in results]
+        axes.plot(batch_sizes, floors, "--", color="gray", label="if only memory bandwidth counted")
+        axes.plot(batch_sizes, [result["output_tok_per_s"][0] for result in results], "o-", label="measured")
+
+
+def plot_scaling(path: Path, reports: list[dict[str, Any]]) -> None:
+    """Draw reports of bench.py, one a model and number of ranks: a line for each workload of a model."""
+    lines: dict[str, dict[int, float]] = {}  # tokens/s by ranks
+    for report in reports:
+        for result in report["results"]:
+            line = lines.setdefault(f"{report['model']}, {result['case']}", {})
+            line[report["num_devices"]] = result["output_tok_per_s"][0]
+    ranks = sorted({size for line in lines.values() for size in line})
+    title = f"tensor parallelism, {reports[0]['dtype']}, {reports[0]['device']}"
+    with log_axes(path, title, "ranks", ranks) as axes:
+        for name, line in lines.items():
+            (drawn,) = axes.plot(list(line), list(line.values()), "o-", label=name)
+            first = min(line)
+            ideal = [line[first] * size / first for size in line]
+            axes.plot(list(line), ideal, ":", color=drawn.get_color())
+        axes.plot([], [], ":", color="gray", label="in proportion to the ranks")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import bench
+from benchmarks import scaling
 from benchmarks.profiling import kernel_table
 from benchmarks.workload import WORKLOADS, Case, ModelBytes, floor_bytes, make_case, min_steps
 
@@ -102,6 +103,19 @@ def test_plot(run, tmp_path):
                     "--repeats", "1")  # fmt: skip
     assert [r["num_seqs"] for r in report["results"]] == [1, 2, 4]
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+def test_scaling(qwen3, tmp_path):
+    """Real runs of bench.py, on one rank and on two."""
+    sizes = ["--num-seqs", "3", "--input-len", "4", "--output-len", "3", "--repeats", "1", "--num-kvcache-blocks", "64"]
+    reports = scaling.main(["--model", str(qwen3.path), "--ranks", "1", "2", "--workload", "bench", "--device", "cpu",
+                            "--plot", str(tmp_path / "plot.png"), *sizes])  # fmt: skip
+    assert [report["num_devices"] for report in reports] == [1, 2]
+    assert all(report["results"][0]["num_output_tokens"] == 9 for report in reports)
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match=r"^error: bench.py --model nosuch .* ended with exit code 1"):
+        scaling.main(["--model", "nosuch", "--ranks", "1"])
 
 
 def test_kernel_table_counts_overlap_once():
