@@ -21,8 +21,8 @@ class _Stream:
 
     requests: list[Request]
     loop: asyncio.AbstractEventLoop
+    call: Call
     queue: asyncio.Queue = field(default_factory=asyncio.Queue)  # of lists of deltas; None or an exception ends it
-    call: Call = field(default_factory=Call)
 
     def take(self) -> list[Any]:
         """What is new of it, for the queue."""
@@ -48,7 +48,8 @@ class _EngineThread(threading.Thread):
         self.llm = llm
         self.condition = threading.Condition()
         self.orders: deque[tuple[str, _Stream]] = deque()
-        self.streams: list[_Stream] = []
+        self.streams: dict[Call, _Stream] = {}
+        self.changed: dict[Call, None] = {}  # who has news: a step looks at no stream that waits
         self.is_closing = False
 
     def order(self, what: str, stream: _Stream) -> None:
@@ -66,25 +67,28 @@ class _EngineThread(threading.Thread):
                     break
                 orders = list(self.orders)
                 self.orders.clear()
-            self.streams += [stream for what, stream in orders if what == "add"]
+            self.streams.update((stream.call, stream) for what, stream in orders if what == "add")
             try:
                 self.obey(orders)
                 for stream, items in self.llm._exclusive(self.advance):
                     self.deliver(stream, items)
             except BaseException as error:  # whoever waits hears of it, and we go on
-                self.end(self.streams, error)
-        self.end([*self.streams, *(stream for what, stream in self.orders)], RuntimeError("the engine was closed"))
+                self.end(self.streams.values(), error)
+        waiting = [*self.streams.values(), *(stream for what, stream in self.orders)]
+        self.end(waiting, RuntimeError("the engine was closed"))
 
     def advance(self) -> list[tuple[_Stream, list[Any]]]:
-        """One step, and what is new of each stream."""
+        """One step, and what is new of each stream that has news."""
         self.llm._step()
-        return [(stream, stream.take()) for stream in self.streams]
+        changed = [self.streams[call] for call in self.changed if call in self.streams]
+        self.changed.clear()  # nobody adds to it now: that takes the engine, which is ours
+        return [(stream, stream.take()) for stream in changed]
 
     def obey(self, orders: Iterable[tuple[str, _Stream]]) -> None:
         for what, stream in orders:
             if what == "add":
                 self.llm._enqueue(stream.requests, stream.call, stream=True)
-            elif stream in self.streams:
+            elif stream.call in self.streams:
                 for request in stream.requests:
                     self.llm.abort(request.request_id)
 
@@ -93,13 +97,15 @@ class _EngineThread(threading.Thread):
         if not is_heard or (items and not isinstance(items[-1], list)):  # nobody waits, or it has ended
             if stream.call.unfinished:
                 self.obey([("abort", stream)])
-            self.streams.remove(stream)
+            del self.streams[stream.call]
+            self.changed.pop(stream.call, None)  # by the abort
 
-    def end(self, streams: list[_Stream], error: BaseException) -> None:
+    def end(self, streams: Iterable[_Stream], error: BaseException) -> None:
         """Nothing more will come for these streams but `error`."""
-        ended, self.streams = streams, []
+        ended, self.streams = list(streams), {}
         with contextlib.suppress(Exception):  # what cannot be put in order now is tried again by the next step
             self.llm._drop([request for stream in ended for request in stream.requests])
+        self.changed.clear()
         for stream in ended:
             stream.put(error)
 
@@ -137,7 +143,7 @@ class AsyncLLM:
         arguments, RuntimeError if the engine is closed.
         """
         requests = self.llm.input_processor.make_requests(prompts, sampling_params)
-        stream = _Stream(requests, asyncio.get_running_loop())
+        stream = _Stream(requests, asyncio.get_running_loop(), Call(changed=self._thread.changed))
         if not requests:
             return
         self._thread.order("add", stream)

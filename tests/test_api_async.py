@@ -10,6 +10,7 @@ import pytest
 from helpers import HANGING_S, assert_idle, assert_matches, greedy, many_prompts, replaced, wait_until
 
 from nanovllm import AsyncLLM, SamplingParams
+from nanovllm.async_llm import _Stream
 
 LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
 
@@ -110,6 +111,60 @@ def test_several_prompts_and_samples_in_one_call(llm):
         return [delta async for delta in llm.generate([])]
 
     assert asyncio.run(nothing()) == []
+
+
+def test_a_step_looks_at_no_stream_that_waits(qwen3):
+    """However many there are; each gets its own, be it tokens, an exception or the end that it was left before."""
+    prompts = [[i % 100 + 1] for i in range(2000)]
+    looked_at: list[int] = []  # in each step
+    num_waiting = []
+    all_are_there = threading.Event()
+
+    def stepping(step):
+        def wrapped():
+            assert all_are_there.wait(HANGING_S)
+            looked_at.append(0)
+            num_waiting.append(len(llm._thread.streams))
+            return step()
+
+        return wrapped
+
+    def counting(take):
+        def wrapped(stream):
+            looked_at[-1] += 1
+            return take(stream)
+
+        return wrapped
+
+    def broken(output_ids, logits):
+        raise OSError("no disk")
+
+    async def main():
+        tasks = [asyncio.create_task(collect(llm, prompt, greedy(2))) for prompt in prompts]
+        raising = SamplingParams(logits_processors=[broken])
+        tasks.insert(1000, asyncio.create_task(collect(llm, [[1], [2]], raising)))
+        left = asyncio.create_task(collect(llm, [3], LONG))
+        await asyncio.to_thread(wait_until, lambda: len(llm._thread.streams) + len(llm._thread.orders) == 2002)
+        all_are_there.set()
+        await asyncio.to_thread(wait_until, lambda: len(num_waiting) > 1)
+        left.cancel()
+        *results, _ = await asyncio.gather(*tasks, left, return_exceptions=True)
+        assert isinstance(results.pop(1000), OSError)
+        assert left.cancelled()
+        await idle(llm)
+        return results
+
+    llm = make(qwen3, max_num_seqs=16)
+    with replaced(_Stream, "take", counting), replaced(llm.llm, "_step", stepping):
+        results = asyncio.run(main())
+    assert max(looked_at) <= 16 + 1, "who ran, and who left"
+    assert not llm._thread.changed
+    assert max(num_waiting) > 2000
+    assert sum(num > 1000 for num in num_waiting) > 50
+    outputs = llm.llm.generate(prompts[:100], greedy(2), use_tqdm=False)
+    assert results == [(output["text"], output["token_ids"]) for output in outputs] * 20
+    assert_matches(qwen3, prompts[:100], [token_ids for _, token_ids in results[:100]], 2)
+    llm.close()
 
 
 @pytest.mark.parametrize("how", ["cancel", "timeout", "aclose", "break"])

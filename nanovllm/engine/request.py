@@ -13,7 +13,7 @@ from nanovllm.sampling_params import SamplingParams
 _ids = count()
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class Call:
     """Whoever waits for a set of requests: one `generate`, one `stream`, or the user of `step`.
 
@@ -23,6 +23,7 @@ class Call:
     unfinished: set[int] = field(default_factory=set)
     finished: dict[int, "Request"] = field(default_factory=dict)
     news: dict[int, "Request"] = field(default_factory=dict)  # that have something new for a stream
+    changed: dict["Call", None] | None = None  # where it enters itself when it has news, if somebody reads many calls
 
     def take_finished(self, taken: dict[int, "Request"]) -> Exception | None:
         """Move those that have ended to `taken`; or only the first whose callable raised something, and return that.
@@ -82,6 +83,8 @@ class Request:
         """
         if self.is_streamed:
             self.call.news[self.request_id] = self
+            if self.call.changed is not None:
+                self.call.changed[self.call] = None
 
     def shown_token_ids(self, seq: Sequence) -> list[int]:
         """What the text of `seq` is made of: all but the token that ended it, unless that is wanted too."""
