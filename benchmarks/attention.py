@@ -56,13 +56,12 @@ def measure(
     shape = (num_pages, page, num_kv_heads, head_dim)
     k_cache, v_cache = (torch.randn(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
     q = torch.randn(num_tokens, num_heads, head_dim, dtype=torch.bfloat16, device=device)
-    k = v = torch.zeros(num_tokens, num_kv_heads, head_dim, dtype=torch.bfloat16, device=device)
     backend = load_backend(name, page, heads)
 
     def run() -> Any:
         backend.prepare(context)
         q.add_(0)  # as in a model, some kernel comes between
-        return [backend.forward(q, k, v, k_cache, v_cache, head_dim**-0.5, context) for _ in range(CALLS)]
+        return [backend.forward(q, k_cache, v_cache, head_dim**-0.5, context) for _ in range(CALLS)]
 
     run()
     torch.cuda.synchronize()

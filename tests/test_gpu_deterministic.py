@@ -124,8 +124,7 @@ def test_norms_activations_and_rotation():
     def rotate(rows: torch.Tensor) -> torch.Tensor:
         positions = torch.full((len(rows),), 77, device="cuda")
         slots = torch.full((len(rows),), -1, device="cuda")
-        q, k, v = rope.qk_norm_rope_store(rows, positions, cos_sin, weight[:128], weight[128:256], 1e-6, *cache, slots)
-        return torch.cat((q, k, v), 1)
+        return rope.qk_norm_rope_store(rows, positions, cos_sin, weight[:128], weight[128:256], 1e-6, *cache, slots)
 
     assert rows_differ(rotate, gpu(2000, 4096), SIZES) == []
 

@@ -25,14 +25,15 @@ class AttentionBackend(ABC):
     def forward(
         self,
         q: torch.Tensor,  # [T, num_heads, head_dim]
-        k: torch.Tensor,  # [T, num_kv_heads, head_dim], already in the cache as well
-        v: torch.Tensor,
         k_cache: torch.Tensor,  # [num_blocks, block_size, num_kv_heads, head_dim]
         v_cache: torch.Tensor,
         scale: float,
         context: Context,
     ) -> torch.Tensor:
-        """Causal attention of each row's new tokens over its whole context -> [T, num_heads, head_dim]."""
+        """Causal attention of each row's new tokens, whose keys and values are in the cache, over its whole context.
+
+        Returns [T, num_heads, head_dim].
+        """
 
 
 # name: (module, class, block sizes are multiples of); the fastest first, as measured on an H100 (docs/benchmarks.md)

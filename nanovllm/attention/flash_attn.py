@@ -15,7 +15,7 @@ class FlashAttnBackend(AttentionBackend):
             lens = context.context_lens[context.num_decodes :]
             context.backend_data = F.pad(lens.cumsum(0, dtype=torch.int32), (1, 0))
 
-    def forward(self, q, k, v, k_cache, v_cache, scale, context):
+    def forward(self, q, k_cache, v_cache, scale, context):
         n = context.num_decodes
         if context.cu_seqlens_q is None:
             return self._decode(q, k_cache, v_cache, scale, context)

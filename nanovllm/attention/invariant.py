@@ -8,15 +8,15 @@ from nanovllm.utils.context import Context
 
 class InvariantBackend(AttentionBackend):
     def prepare(self, context: Context) -> None:
-        """`backend_data`: the step's plan, by layer shape; filled at the first layer."""
-        context.backend_data = None
-
-    def forward(self, q, k, v, k_cache, v_cache, scale, context):
-        if context.backend_data is None and use_triton(q):
+        """`backend_data`: the step's plan; on a CPU None, since the kernel's twin does without."""
+        if use_triton(context.context_lens):
+            num_heads, num_kv_heads, head_dim = self.heads
             context.backend_data = plan_invariant(
-                context.cu_seqlens_q, context.context_lens, context.num_decodes, *q.shape, k.shape[1],
-                context.max_context_len,
+                context.cu_seqlens_q, context.context_lens, context.num_decodes, len(context.slot_mapping), num_heads,
+                head_dim, num_kv_heads, context.max_context_len,
             )  # fmt: skip
+
+    def forward(self, q, k_cache, v_cache, scale, context):
         return paged_attention_invariant(
             q, k_cache, v_cache, context.block_tables, context.cu_seqlens_q, context.context_lens, scale,
             context.backend_data,

@@ -25,7 +25,7 @@ class SdpaBackend(AttentionBackend):
         mask = offsets[:longest] < context.context_lens[: context.num_decodes, None]
         context.backend_data = slots, lens, starts, mask
 
-    def forward(self, q, k, v, k_cache, v_cache, scale, context):
+    def forward(self, q, k_cache, v_cache, scale, context):
         slots, lens, starts, mask = context.backend_data
         k_cache = k_cache.flatten(0, 1)  # [num_slots, num_kv_heads, head_dim]
         v_cache = v_cache.flatten(0, 1)

@@ -17,7 +17,7 @@ class TritonBackend(AttentionBackend):
                 context.context_lens[: context.num_decodes], *self.heads, context.max_context_len
             )
 
-    def forward(self, q, k, v, k_cache, v_cache, scale, context):
+    def forward(self, q, k_cache, v_cache, scale, context):
         n = context.num_decodes
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if n:

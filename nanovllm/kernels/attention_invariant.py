@@ -159,7 +159,7 @@ def paged_attention_invariant_triton(q, k_cache, v_cache, block_tables, context_
     # on registers there would be two.
     small = k_cache.element_size() * head_dim <= 256
     options = {"num_stages": 3, "maxnreg": 168} if small and block_m == 16 else {"num_stages": 2}
-    _invariant_kernel[(num_kv_heads, len(plan.items))](
+    _invariant_kernel[(num_kv_heads * len(plan.items),)](  # in one dimension: others end at 65,535
         q, k_cache, v_cache, block_tables, plan.cu_seqlens_q, context_lens, plan.items,
         plan.partial_m, plan.partial_l, plan.partial_out, plan.arrivals, out,
         scale * LOG2_E, plan.max_splits, q.stride(0), block_tables.stride(0),
@@ -185,8 +185,8 @@ def _invariant_kernel(
 ):  # fmt: skip
     """One program an item and kv head; row r of its tile is query r // GROUP, head r % GROUP of the group."""
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
-    kv_head = tl.program_id(0)
-    item_ptr = items_ptr + tl.program_id(1) * ITEM_FIELDS
+    kv_head = tl.program_id(0) % NUM_KV_HEADS
+    item_ptr = items_ptr + tl.program_id(0) // NUM_KV_HEADS * ITEM_FIELDS
     pdl_wait(PDL)
     seq = tl.load(item_ptr).to(tl.int64)
     begin = tl.load(item_ptr + 1)

@@ -66,7 +66,7 @@ def paged_attention_prefill_triton(
     # Tile i belongs to the sequence b with first_tile(b) <= i < first_tile(b + 1), where
     # first_tile(b) = cu_seqlens_q[b] * group // block_m + b: enough for each, at most one to spare.
     num_tiles = num_tokens * group // block_m + batch_size
-    _prefill_kernel[(num_kv_heads, num_tiles)](
+    _prefill_kernel[(num_kv_heads * num_tiles,)](  # in one dimension: others end at 65,535
         q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, out,
         scale * LOG2_E, batch_size, q.stride(0), block_tables.stride(0),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, D=head_dim, PAGE=block_size,
@@ -100,8 +100,9 @@ def _prefill_kernel(
 
     So a tile of keys serves the whole group, and a tile of rows spans few positions: little of its last keys is masked.
     """
-    kv_head = tl.program_id(0)
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the longest contexts of a sequence first, so that none is last
+    kv_head = tl.program_id(0) % NUM_KV_HEADS
+    # The longest contexts of a sequence first, so that none is last.
+    tile = tl.num_programs(0) // NUM_KV_HEADS - 1 - tl.program_id(0) // NUM_KV_HEADS
     pdl_wait(PDL)
     seq = -1
     for first_seq in range(0, batch_size, SEARCH):

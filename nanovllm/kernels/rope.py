@@ -16,11 +16,11 @@ def qk_norm_rope_store(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """Norm each head of q and k (if weights are given), rotate them, store k and v in the cache.
 
     Args:
-        qkv: [T, (num_heads + 2 · num_kv_heads) · head_dim], q then k then v; q and k are overwritten.
+        qkv: [T, (num_heads + 2 · num_kv_heads) · head_dim], q then k then v; q is overwritten.
         positions: [T] int64.
         cos_sin: [max_position, head_dim] float32, cosines in the first half and sines in the second.
         q_weight, k_weight: [head_dim] of the per-head RMSNorm, or None for none.
@@ -28,7 +28,7 @@ def qk_norm_rope_store(
         slot_mapping: [T] int64, block · block_size + offset; a negative slot stores nothing.
 
     Returns:
-        q [T, num_heads, head_dim], k and v [T, num_kv_heads, head_dim]; views of `qkv`.
+        q [T, num_heads, head_dim], normed and rotated, a view of `qkv`.
     """
     run = qk_norm_rope_store_triton if use_triton(qkv) else qk_norm_rope_store_torch
     return run(qkv, positions, cos_sin, q_weight, k_weight, eps, k_cache, v_cache, slot_mapping)
@@ -45,20 +45,24 @@ def qk_norm_rope_store_torch(qkv, positions, cos_sin, q_weight, k_weight, eps, k
     num_kv_heads, head_dim = k_cache.shape[-2:]
     q, k, v = split_heads(qkv, num_kv_heads, head_dim)
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, -1)  # [T, 1, head_dim / 2]
-    for x, weight in ((q, q_weight), (k, k_weight)):
+
+    def rotate(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         normed = x if weight is None else rms_norm_torch(x, weight, eps)
         x1, x2 = normed.float().chunk(2, -1)
-        x.copy_(torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1))
+        return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).to(x.dtype)
+
+    q.copy_(rotate(q, q_weight))
+    k = rotate(k, k_weight)
     stored = slot_mapping >= 0
     slots = slot_mapping[stored]
     k_cache.view(-1, num_kv_heads, head_dim).index_copy_(0, slots, k[stored])
     v_cache.view(-1, num_kv_heads, head_dim).index_copy_(0, slots, v[stored])
-    return q, k, v
+    return q
 
 
 def qk_norm_rope_store_triton(qkv, positions, cos_sin, q_weight, k_weight, eps, k_cache, v_cache, slot_mapping):
     num_kv_heads, head_dim = k_cache.shape[-2:]
-    q, k, v = split_heads(qkv, num_kv_heads, head_dim)
+    q, _, _ = split_heads(qkv, num_kv_heads, head_dim)
     assert (q_weight is None) == (k_weight is None)
     assert qkv.stride(1) == 1
     assert all(x.is_contiguous() for x in (k_cache, v_cache, cos_sin))
@@ -74,7 +78,7 @@ def qk_norm_rope_store_triton(qkv, positions, cos_sin, q_weight, k_weight, eps, 
             NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, D=head_dim, HAS_NORM=q_weight is not None,
             BLOCK_HEADS=block_heads, BLOCK_HALF=block_half, num_warps=2, **launch_options(),
         )  # fmt: skip
-    return q, k, v
+    return q
 
 
 @jit(do_not_specialize=("positions_ptr", "slot_mapping_ptr"))
@@ -119,9 +123,9 @@ def _qk_norm_rope_store_kernel(
     rotated1 = (x1 * cos - x2 * sin).to(dtype)
     rotated2 = (x2 * cos + x1 * sin).to(dtype)
 
-    in_place = (is_q | is_k) & in_half[None, :]
-    tl.store(x_ptrs, rotated1, mask=in_place)
-    tl.store(x_ptrs + D // 2, rotated2, mask=in_place)
+    q_live = is_q & in_half[None, :]
+    tl.store(x_ptrs, rotated1, mask=q_live)
+    tl.store(x_ptrs + D // 2, rotated2, mask=q_live)
     if slot >= 0:
         # Pointers of rows of other kinds run outside the slot; their masks are off.
         k_ptrs = k_cache_ptr + slot * (NUM_KV_HEADS * D) + (heads - NUM_HEADS)[:, None] * D + cols[None, :]

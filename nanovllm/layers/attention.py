@@ -35,7 +35,5 @@ class Attention(nn.Module):
         """positions [T] int64; qkv [T, (num_heads + 2 · num_kv_heads) · head_dim] -> [T, num_heads · head_dim]."""
         context = get_context()
         k_cache, v_cache, cos_sin = self.k_cache, self.v_cache, self.rotary_emb.cos_sin
-        q, k, v = qk_norm_rope_store(
-            qkv, positions, cos_sin, q_norm, k_norm, eps, k_cache, v_cache, context.slot_mapping
-        )
-        return self.backend.forward(q, k, v, k_cache, v_cache, self.scale, context).flatten(1)
+        q = qk_norm_rope_store(qkv, positions, cos_sin, q_norm, k_norm, eps, k_cache, v_cache, context.slot_mapping)
+        return self.backend.forward(q, k_cache, v_cache, self.scale, context).flatten(1)

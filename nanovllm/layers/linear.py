@@ -14,6 +14,7 @@ from nanovllm.kernels.activation import silu_and_mul
 from nanovllm.kernels.linear import linear, linear_partial, norm_linear
 from nanovllm.kernels.linear_invariant import linear_invariant
 from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.utils.context import get_context
 from nanovllm.utils.distributed import TensorParallel
 from nanovllm.utils.loader import check_dim, copy_exact
 from nanovllm.utils.peer_memory import PeerSum
@@ -22,7 +23,7 @@ from nanovllm.utils.peer_memory import PeerSum
 class LinearBase(nn.Module):
     """A weight [out, in] and maybe a bias [out], as held by this rank."""
 
-    invariant = False  # set by models.build_model: products whose rows do not depend on each other's number
+    invariant = False  # set by models.build_model: a row's product has the same bits however many other rows there are
 
     def __init__(self, input_size: int, output_size: int, bias: bool, tp: TensorParallel):
         super().__init__()
@@ -37,6 +38,14 @@ class LinearBase(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, in] -> [T, out]."""
         return self.product(x)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether kernels for few rows take the product and what surrounds it.
+
+        Not with prompts in the step, which is launched kernel by kernel: by cuBLAS the host has done so sooner.
+        """
+        return self.bias is None and not self.invariant and not get_context().is_prefill
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         return (linear_invariant if self.invariant else F.linear)(x, self.weight, self.bias)
@@ -70,7 +79,7 @@ class MergedColumnParallelLinear(LinearBase):
 
         x [T, in], partial sums [S, T, in] or a sum over ranks [T, in], residual [T, in] or None -> [T, out], [T, in].
         """
-        if self.bias is None and not self.invariant:
+        if self.is_fused:
             return norm_linear(x, residual, norm.weight, norm.eps, self.weight, gated)
         normed, residual = norm(x, residual)
         out = self.product(normed)
@@ -122,7 +131,7 @@ class RowParallelLinear(LinearBase):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | PeerSum:  # type: ignore[override]
         if self.tp.size == 1:
-            return linear_partial(x, self.weight) if self.bias is None and not self.invariant else self.product(x)
+            return linear_partial(x, self.weight) if self.is_fused else self.product(x)
         # The bias once; no partial sums, which would have to be added before they travel.
         bias = self.bias if self.tp.rank == 0 else None
         summand = self.tp.summand(x.shape[0], self.weight.shape[0])

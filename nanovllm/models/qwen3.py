@@ -44,6 +44,11 @@ class Qwen3Attention(nn.Module):
         residual: torch.Tensor | None,
         kept: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of norm(hidden_states + residual), and the residual stream: [T, hidden] each.
+
+        positions [T] int64; hidden_states [T, hidden], or a sum that the norm takes (see RowParallelLinear), as the
+        result may be; residual [T, hidden], None in the first layer; with `kept` [n] the results are [n, hidden].
+        """
         qkv, residual = self.qkv_proj.forward_normed(norm, hidden_states, residual)
         q_weight = self.q_norm.weight if self.q_norm is not None else None
         k_weight = self.k_norm.weight if self.k_norm is not None else None
@@ -64,6 +69,7 @@ class Qwen3MLP(nn.Module):
     def forward(
         self, norm: RMSNorm, hidden_states: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """down(silu(gate) · up) of norm(hidden_states + residual), and the residual stream; shapes as above."""
         gated, residual = self.gate_up_proj.forward_normed(norm, hidden_states, residual, gated=True)
         return self.down_proj(gated), residual
 

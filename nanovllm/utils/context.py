@@ -15,7 +15,7 @@ class Context:
     Every key and value of the batch is stored before any row attends, so a row may read what another row computes.
     """
 
-    is_prefill: bool
+    is_prefill: bool  # some row computes more than its newest token; such a step is never captured
     num_decodes: int
     slot_mapping: torch.Tensor  # [T] int64: where each token's KV goes; token slots of the cache
     block_tables: torch.Tensor  # [B, max_blocks] int32
