@@ -3,7 +3,7 @@
 import argparse
 import logging
 import sys
-from typing import Any
+from dataclasses import replace
 
 from nanovllm.llm import LLM
 from nanovllm.sampling_params import SamplingParams
@@ -30,12 +30,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def make_params(llm: LLM, args: argparse.Namespace) -> SamplingParams:
     """What the checkpoint recommends, and over it what the command line says."""
-    recommended = llm.input_processor.default_params
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    fields: dict[str, Any] = {name: getattr(recommended, name) for name in names}
-    if args.temperature is not None:
-        fields["temperature"] = args.temperature
-    return SamplingParams(**fields, max_tokens=args.max_tokens, seed=args.seed)
+    fields = {} if args.temperature is None else {"temperature": args.temperature}
+    return replace(llm.get_default_sampling_params(), max_tokens=args.max_tokens, seed=args.seed, **fields)
 
 
 def answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams) -> str:

@@ -1,6 +1,7 @@
 """Everything an engine is configured with: what the user said, checked, and what follows from the checkpoint."""
 
 import logging
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import CONFIG_MAPPING
 from nanovllm.attention import choose_backend, choose_invariant_backend
 from nanovllm.utils.distributed import check_divisible
 from nanovllm.utils.loader import read_json
-from nanovllm.utils.validation import WrongTypeError, check_bool, check_float, check_int, strict_kwargs
+from nanovllm.utils.validation import WrongTypeError, check_bool, check_field, check_float, check_int, strict_kwargs
 
 logger = logging.getLogger("nanovllm")
 
@@ -50,12 +51,13 @@ class Config:
             Default 1.
         enforce_eager: run decode without CUDA graphs. Default False.
         kvcache_block_size: tokens per block: any on `sdpa`, multiples of 16 on `triton`, of 256 on `flash_attn`.
+            Default 256.
         num_kvcache_blocks: size of the cache in blocks; -1 sizes it from free memory: of a GPU what
             `gpu_memory_utilization` leaves, of a CPU a quarter of the RAM that is free when the engine starts.
         dtype: "auto" (the checkpoint's on CUDA, float32 on CPU), a name or a torch dtype.
         device: "auto" (CUDA if there is one), "cuda", "cuda:N" or "cpu".
         attention_backend: "sdpa", "flash_attn" or "triton"; None picks the fastest available.
-        seed: of requests that bring none.
+        seed: requests that bring no seed draw theirs from it. Default 0.
         deterministic: a request's tokens and log probabilities are bitwise the same whatever runs beside it and
             whatever is cached, on the same hardware and versions; on one rank (docs/deterministic.md). Default False.
         worker_timeout_s: a rank that shows no sign of life for so long is given up, and with it the engine. Default 8,
@@ -85,18 +87,22 @@ class Config:
     eos_token_ids: frozenset[int] = field(init=False, repr=False)
 
     def __post_init__(self):
-        check_int("max_num_batched_tokens", self.max_num_batched_tokens, 1, MAX_INT32)
-        check_int("max_num_seqs", self.max_num_seqs, 1, MAX_NUM_SEQS)
-        check_int("max_model_len", self.max_model_len, 2, MAX_INT32)
-        check_float("gpu_memory_utilization", self.gpu_memory_utilization, 0.01, 1.0)
-        check_int("tensor_parallel_size", self.tensor_parallel_size, 1)
+        for name, low, high in (
+            ("max_num_batched_tokens", 1, MAX_INT32),
+            ("max_num_seqs", 1, MAX_NUM_SEQS),
+            ("max_model_len", 2, MAX_INT32),
+            ("tensor_parallel_size", 1, None),
+            ("kvcache_block_size", 1, MAX_INT32),
+            ("num_kvcache_blocks", -1, MAX_INT32),
+            ("seed", -(2**63), 2**63 - 1),
+        ):
+            check_field(self, name, check_int, low, high)
+        if self.num_kvcache_blocks == 0:
+            raise ValueError("num_kvcache_blocks must be at least 1, or -1 to have as many as fit, got 0")
+        check_field(self, "gpu_memory_utilization", check_float, 0.01, 1.0)
+        check_field(self, "worker_timeout_s", check_float, 1.0, 86400.0)
         check_bool("enforce_eager", self.enforce_eager)
-        check_int("kvcache_block_size", self.kvcache_block_size, 1, MAX_INT32)
-        if self.num_kvcache_blocks != -1:
-            check_int("num_kvcache_blocks", self.num_kvcache_blocks, 1, MAX_INT32)
-        check_int("seed", self.seed, -(2**63), 2**63 - 1)
         check_bool("deterministic", self.deterministic)
-        check_float("worker_timeout_s", self.worker_timeout_s, 1.0, 86400.0)
         if self.deterministic and self.tensor_parallel_size > 1:
             raise ValueError(
                 f"deterministic=True runs on one rank, got tensor_parallel_size={self.tensor_parallel_size}; pass 1, "
@@ -123,6 +129,13 @@ class Config:
         }
         for name, value in resolved.items():
             object.__setattr__(self, name, value)
+
+    def of_rank(self, rank: int) -> "Config":
+        """The same for another rank: on CUDA the ranks' devices are those from rank 0's on."""
+        config = copy(self)
+        if self.device.type == "cuda":
+            object.__setattr__(config, "device", torch.device("cuda", self.device.index + rank))
+        return config
 
     @property
     def max_blocks(self) -> int:

@@ -2,11 +2,10 @@
 
 import json
 from collections.abc import Callable
-from copy import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nanovllm.utils.validation import WrongTypeError, check_bool, check_float, check_int, strict_kwargs
+from nanovllm.utils.validation import WrongTypeError, check_bool, check_field, check_float, check_int, strict_kwargs
 
 MAX_LOGPROBS = 20  # vLLM's default cap
 MAX_FACTOR = 1e6  # of what logits are multiplied or divided by: far below where float32 overflows
@@ -57,7 +56,8 @@ class StructuredOutputsParams:
 @strict_kwargs
 @dataclass(slots=True)  # so that assigning to a field that does not exist is an error
 class SamplingParams:
-    """Sampling parameters of one request: vLLM's names, defaults and ranges (but `max_tokens`, 64 here).
+    """Sampling parameters of one request: vLLM's names, defaults and ranges, but for `max_tokens`, 64 here, and what
+    docs/api.md lists.
 
     Fields may be assigned to, as vLLM's scripts do; they are checked here and again with every request that uses them.
 
@@ -124,51 +124,60 @@ class SamplingParams:
     stop_strings: tuple[str, ...] = field(init=False, repr=False)
 
     def __post_init__(self):
-        check_int("n", self.n, 1)
-        check_float("temperature", self.temperature, 0.0, MAX_FACTOR)
+        check_field(self, "n", check_int, 1)
+        check_field(self, "temperature", check_float, 0.0, MAX_FACTOR)
         if self.n > 1 and self.temperature == 0:
             raise ValueError(f"n={self.n} with temperature=0 would give the same completion each time: pass n=1")
-        if check_float("top_p", self.top_p, 0.0, 1.0) == 0.0:
+        if check_field(self, "top_p", check_float, 0.0, 1.0) == 0.0:
             raise ValueError("top_p must be above 0 and at most 1, got 0.0; for greedy use temperature=0")
-        check_int("top_k", self.top_k, -1)
-        check_float("min_p", self.min_p, 0.0, 1.0)
-        check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        check_float("repetition_penalty", self.repetition_penalty, 1 / MAX_FACTOR, MAX_FACTOR)  # 1 is none
-        if self.seed is not None:
-            check_int("seed", self.seed, -(2**63), 2**63 - 1)
-        if self.max_tokens is not None:
-            check_int("max_tokens", self.max_tokens, 1)
-        check_int("min_tokens", self.min_tokens, 0)
+        check_field(self, "top_k", check_int, -1)
+        check_field(self, "min_p", check_float, 0.0, 1.0)
+        check_field(self, "presence_penalty", check_float, -2.0, 2.0)
+        check_field(self, "frequency_penalty", check_float, -2.0, 2.0)
+        check_field(self, "repetition_penalty", check_float, 1 / MAX_FACTOR, MAX_FACTOR)  # 1 is none
+        check_field(self, "min_tokens", check_int, 0)
+        for name, low, high in (
+            ("seed", -(2**63), 2**63 - 1),
+            ("max_tokens", 1, None),
+            ("logprobs", 0, MAX_LOGPROBS),
+            ("prompt_logprobs", 0, MAX_LOGPROBS),
+        ):
+            if getattr(self, name) is not None:
+                check_field(self, name, check_int, low, high)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}")
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
         for name in (
             "ignore_eos", "include_stop_str_in_output", "detokenize", "skip_special_tokens",
             "spaces_between_special_tokens",
         ):  # fmt: skip
             check_bool(name, getattr(self, name))
+        # Lists and dicts are copied: their owner may go on to change them.
+        for name in ("stop_token_ids", "allowed_token_ids", "bad_words", "logits_processors"):
+            if getattr(self, name) is not None:
+                check_field(self, name, check_list)
         for name in ("stop_token_ids", "allowed_token_ids"):
-            for token_id in check_list(name, getattr(self, name)):
-                check_int(f"{name} item", token_id, 0)
+            if (token_ids := getattr(self, name)) is not None:
+                setattr(self, name, [check_int(f"{name} item", token_id, 0) for token_id in token_ids])
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ValueError("allowed_token_ids is empty: nothing could be generated; leave it None to allow all")
-        for word in check_list("bad_words", self.bad_words):
+        for word in self.bad_words or ():
             if not isinstance(word, str) or not word:
                 raise ValueError(f"bad_words must be a list of non-empty strings, and contains {word!r}")
-        if self.logit_bias is not None and not isinstance(self.logit_bias, dict):
-            raise WrongTypeError(f"logit_bias must be a dict of token id to number, got {self.logit_bias!r}")
-        for token_id, bias in (self.logit_bias or {}).items():
-            check_int("logit_bias key", token_id, 0)
-            check_float(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
-        for processor in check_list("logits_processors", self.logits_processors):
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, dict):
+                raise WrongTypeError(f"logit_bias must be a dict of token id to number, got {self.logit_bias!r}")
+            self.logit_bias = {
+                check_int("logit_bias key", token_id, 0): check_float(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
+                for token_id, bias in self.logit_bias.items()
+            }
+        for processor in self.logits_processors or ():
             if not callable(processor):
                 raise WrongTypeError(f"logits_processors must be a list of callables, and contains {processor!r}")
         if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputsParams):
             raise WrongTypeError(f"structured_outputs must be StructuredOutputsParams, got {self.structured_outputs!r}")
-        stop = [self.stop] if isinstance(self.stop, str) else check_list("stop", self.stop, "a string or a list")
+        if not isinstance(self.stop, str) and self.stop is not None:
+            check_field(self, "stop", check_list, "a string or a list")
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         for text in stop:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop must be a non-empty string or a list of such, and contains {text!r}")
@@ -178,11 +187,7 @@ class SamplingParams:
 
     def clone(self) -> "SamplingParams":
         """A copy whose lists and dicts are its own; callables and grammars are shared."""
-        clone = copy(self)
-        for own in fields(self):
-            if isinstance(value := getattr(self, own.name), (list, dict)):
-                setattr(clone, own.name, copy(value))
-        return clone
+        return replace(self)
 
     @property
     def has_penalties(self) -> bool:
@@ -203,9 +208,7 @@ class SamplingParams:
 
 
 def check_list(name: str, value: Any, expected: str = "a list") -> list[Any]:
-    """`value` as a list, None as an empty one; raises WrongTypeError for anything else."""
-    if value is None:
-        return []
+    """`value` as a new list; raises WrongTypeError for what is no collection."""
     if not isinstance(value, (list, tuple, set, frozenset)):
         raise WrongTypeError(f"{name} must be {expected}, got {value!r} of type {type(value).__name__}")
     return list(value)

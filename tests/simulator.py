@@ -38,13 +38,17 @@ class Request:
     """A sequence and all that will ever be true of it.
 
     Two tokens whose sum is `stop` modulo 16 end the completion as a stop string does: the engine sees them, not the
-    scheduler. The first time that position `fault_at` is computed, it comes out as NaN.
+    scheduler. The first time that position `fault_at` is computed, it comes out as NaN. Nothing is left to draw for
+    position `exhausted_at`.
     """
 
-    def __init__(self, seq: Sequence, stop: int | None = None, fault_at: int | None = None):
+    def __init__(
+        self, seq: Sequence, stop: int | None = None, fault_at: int | None = None, exhausted_at: int | None = None
+    ):
         self.seq = seq
         self.stop = stop
         self.fault_at = fault_at
+        self.exhausted_at = exhausted_at
         self.tokens = tokens = list(seq.token_ids)
         hashes = []
         text_hash = 0
@@ -98,7 +102,7 @@ class Device:
                 block = self.kv[table[i // self.block_size]]
                 block[i % self.block_size] = POISON if broken else request.hashes[i]
             self.last_token[seq.row] = request.tokens[last]
-            token_ids.append(-1 if broken else request.tokens[last])
+            token_ids.append(-1 if broken else -2 if last == request.exhausted_at else request.tokens[last])
         return token_ids
 
     def reads_poison(self, request: Request, num_tokens: int) -> bool:
@@ -174,9 +178,10 @@ class Simulation:
         stop: int | None = None,
         stop_token_id: int | None = None,
         fault_at: int | None = None,
+        exhausted_at: int | None = None,
         prompt_logprobs: int | None = None,
     ) -> list[Request]:
-        """One completion for each of `seeds`; `stop` and `fault_at` as `Request` has them, the latter for the first."""
+        """One completion for each of `seeds`; `stop` and so on as `Request` has them, `fault_at` for the first."""
         prompt = list(prompt)
         params = make_params(ignore_eos=ignore_eos, prompt_logprobs=prompt_logprobs)
         if stop_token_id is not None:
@@ -184,7 +189,7 @@ class Simulation:
         group = []
         for index, seed in enumerate(seeds):
             seq = Sequence(prompt, params, len(prompt) + max_tokens, self.block_manager.block_size, seed, index)
-            group.append(Request(seq, stop, fault_at if index == 0 else None))
+            group.append(Request(seq, stop, fault_at if index == 0 else None, exhausted_at))
             self.requests[seq.seq_id] = group[-1]
             self.scheduler.add(seq)
             self.num_steps_left += 2 * seq.max_num_tokens
@@ -301,7 +306,8 @@ class Simulation:
         live = [seq for seq in rows if seq is not None and not seq.is_finished]
         running = list(self.scheduler.running)
         for seq, token_id in zip(rows, token_ids, strict=True):
-            if seq is not None and token_id < 0 and not seq.is_finished:
+            self.counts["exhausted"] += seq is not None and token_id == -2 and not seq.is_finished
+            if seq is not None and token_id == -1 and not seq.is_finished:
                 self.device.condemn(seq, self.scheduler.running)
                 self.counts["nan"] += 1
         finished = self.call(self.scheduler.postprocess, rows, token_ids)
@@ -494,6 +500,7 @@ def random_run(seed: int) -> Simulation:
                     stop=rng.randrange(16) if rng.random() < 0.3 else None,
                     stop_token_id=rng.randrange(VOCAB_SIZE) if rng.random() < 0.05 else None,
                     fault_at=rng.randrange(len(prompt) + max_tokens) if rng.random() < 0.05 else None,
+                    exhausted_at=len(prompt) + rng.randrange(max_tokens) if rng.random() < 0.05 else None,
                     prompt_logprobs=0 if rng.random() < 0.05 else None,
                 )
             )

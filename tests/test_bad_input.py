@@ -451,6 +451,69 @@ def test_a_gpu_that_is_not_there(qwen3, device):
         LLM(str(qwen3.path), device=device)
 
 
+def test_numbers_of_any_library_are_kept_as_pythons(qwen3):
+    """numpy's small integers overflow, and torch's tensors are equal to no integer in a set."""
+    numbers = {"max_model_len": np.uint8(250), "num_kvcache_blocks": np.int16(800), "max_num_seqs": np.int8(9)}
+    llm = qwen3.llm(**numbers, seed=torch.tensor(3), kvcache_block_size=np.uint8(16))
+    assert {type(getattr(llm.config, name)) for name in [*numbers, "seed", "kvcache_block_size"]} == {int}
+    ignoring = SamplingParams(temperature=1.0, max_tokens=30, ignore_eos=True)
+    outputs = [engine.generate([5, 6], ignoring, use_tqdm=False)[0] for engine in (llm, qwen3.llm(seed=3))]
+    assert outputs[0]["token_ids"] == outputs[1]["token_ids"]
+    prompt = list(range(90))  # and 100 more are beyond an int8
+    (output,) = llm.generate([prompt], SamplingParams(max_tokens=np.int8(100), ignore_eos=True), use_tqdm=False)
+    assert len(output["token_ids"]) == 100
+    for ids in (list(torch.tensor([5, 7])), [np.array(5), np.array(7)], (np.int8(5), 7), {5, 7}):
+        params = SamplingParams(max_tokens=50, logit_bias={np.int16(5): 100}, stop_token_ids=ids, seed=np.uint64(1))
+        (output,) = llm.generate([[1, 2]], params, use_tqdm=False)
+        assert (output["token_ids"], output.outputs[0].stop_reason) == ([5], 5)
+
+
+def test_whoever_changes_his_parameters_later_changes_no_request(qwen3):
+    """Neither by assignment nor in their lists and dicts, which are read in every step."""
+    llm = qwen3.llm()
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, allowed_token_ids=[0], logit_bias={1: 1.0})
+    ids = []
+    for token_id in (5, 6, 7):
+        params.allowed_token_ids[0] = token_id
+        ids.append(llm.add_request([1, 2, 3], params))
+    params.logit_bias[10**6] = 1.0
+    params.stop_token_ids = [5]
+    done = {}
+    while not llm.is_finished():
+        done.update(llm.step()[0])
+    assert [done[request_id] for request_id in ids] == [[5] * 3, [6] * 3, [7] * 3]
+    with pytest.raises(ValueError, match="logit_bias contains 1000000"):
+        llm.add_request([1, 2, 3], params)
+
+
+def test_parameters_that_prompts_share_are_looked_at_once(qwen3):
+    llm, encoded = qwen3.llm(), []
+    params = SamplingParams(temperature=0, max_tokens=2, bad_words=["ab", "cd"])
+    with replaced(
+        llm.input_processor, "_encode", lambda f: lambda text, *a, **k: encoded.append(text) or f(text, *a, **k)
+    ):
+        llm.generate([[i] for i in range(20)], params, use_tqdm=False)
+    assert len(encoded) == 4  # each word, at the start of a text and after a space
+
+
+@pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
+def test_more_log_probabilities_than_tokens(qwen3, checkpoints, name):
+    llm = checkpoints("qwen3").llm()
+    with (
+        replaced(llm.config.hf_config, "vocab_size", lambda _: 12),
+        pytest.raises(ValueError, match=f"{name}=13 is above"),
+    ):
+        llm.generate([[1, 2]], SamplingParams(**{name: 13}), use_tqdm=False)
+    assert_idle(llm)
+
+
+@pytest.mark.parametrize("wrong", [3.0, None, "3", True])
+def test_one_wrong_item_among_token_ids_is_the_one_named(llm, wrong, unharmed):
+    for function in (llm.generate, llm.add_request):
+        with pytest.raises(TypeError, match=f"contains {wrong!r}"):
+            function([1, 2, wrong])
+
+
 def test_config_is_not_changed_after_construction(llm):
     with pytest.raises(dataclasses.FrozenInstanceError):
         llm.config.max_num_seqs = 3

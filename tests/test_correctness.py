@@ -40,7 +40,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.engine import kv_cache
 from nanovllm.engine.cuda_graph import batch_buckets
 
-FREQUENT_EOS = list(range(0, VOCAB_SIZE, 29))  # one token in 29 ends a completion
+FREQUENT_EOS = [*range(0, VOCAB_SIZE, 29), EOS]  # one token in 29 ends a completion, and the tokenizer's own does
 
 
 def run(llm: LLM, prompts: list[list[int]], params: Any = None) -> list[Any]:

@@ -13,6 +13,7 @@ import huggingface_hub
 import pytest
 import torch
 from helpers import (
+    EOS,
     LLAMA3_ROPE,
     SHAPES,
     Checkpoint,
@@ -20,6 +21,7 @@ from helpers import (
     copy_checkpoint,
     edit_json,
     greedy,
+    make_tokenizer,
     many_prompts,
     resident_bytes,
     save_checkpoint,
@@ -27,7 +29,7 @@ from helpers import (
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
-from nanovllm import LLM
+from nanovllm import LLM, SamplingParams
 from nanovllm.config import SIZES, Config, eos_token_ids
 from nanovllm.models import check_checkpoint
 from nanovllm.utils import loader
@@ -615,3 +617,23 @@ def test_the_copy_helper_changes_only_what_it_should(qwen3, tmp_path):
     assert after["vocab_size"] == 7
     assert "hidden_act" not in after
     assert before["hidden_size"] == after["hidden_size"]
+
+
+@pytest.mark.parametrize("has_own", [True, False])
+def test_the_tokenizers_own_end_counts_too(qwen3, tmp_path, has_own):
+    """As in vLLM: a chat model's config often names its base model's token."""
+    path = copy_checkpoint(qwen3.path, tmp_path / "x", eos_token_id=3)
+    (path / "generation_config.json").unlink()
+    for file in path.glob("*token*"):
+        file.unlink()
+    tokenizer = make_tokenizer()
+    if not has_own:
+        tokenizer.eos_token = None
+    tokenizer.save_pretrained(path)
+    llm = LLM(path, **SMALL)
+    assert llm.config.eos_token_ids == {3}
+    for token_id, ends in ((EOS, has_own), (3, True)):
+        params = SamplingParams(max_tokens=5, logit_bias={token_id: 100})
+        (output,) = llm.generate([[1, 2]], params, use_tqdm=False)
+        assert (output["token_ids"] == [token_id]) == ends
+        assert output.outputs[0].finish_reason == ("stop" if ends else "length")

@@ -30,6 +30,7 @@ EVENTS = {
     "stop": 1_500,
     "stop_string": 500,
     "error": 100,
+    "exhausted": 100,  # of these
     "abort_waiting": 500,
     "abort_running": 80,
     "interruptions": 80,

@@ -1,80 +1,115 @@
 """What the rows of a step that ask for more than a temperature need. Made by rank 0's model runner, for the sampler."""
 
 import inspect
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from nanovllm.engine.batch import to_device
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import DecodingSequences, Sequence
 from nanovllm.engine.token_counts import TokenCounts
 from nanovllm.layers.sampler import LogitsAdjustments
 
 
+@dataclass(slots=True)
+class Asking:
+    """The `n` rows of a step that ask for more than a temperature, and what of that is the same at every token."""
+
+    seqs: list[Sequence]  # [n]
+    adjustments: LogitsAdjustments
+    grammars: list[int]  # numbers among the n
+    banning: list[int]
+    penalized: list[Sequence]
+
+
 def prepare_sample(seqs: list[Sequence], token_counts: TokenCounts) -> LogitsAdjustments | None:
     """What the rows that ask for more than a temperature need; None if none does."""
-    vocab_size, device = token_counts.vocab_size, token_counts.device
-    asking = [
-        (row, seq)
+    known = seqs.asking if isinstance(seqs, DecodingSequences) else None
+    asking: Asking = known or find_asking(seqs, token_counts.vocab_size, token_counts.device)
+    if isinstance(seqs, DecodingSequences):
+        seqs.asking = asking
+    if not asking.seqs:
+        return None
+    device = token_counts.device
+    adjustments = replace(asking.adjustments)
+    if asking.grammars:
+        allowed = [asking.seqs[i].grammar.allowed(asking.seqs[i].completion_token_ids) for i in asking.grammars]
+        masks, rows = to_device(np.stack(allowed), device), column(asking.grammars, np.int64, device)
+        others = adjustments.allowed
+        if others is None:
+            others = torch.ones(len(asking.seqs), token_counts.vocab_size, dtype=torch.bool, device=device)
+        adjustments.allowed = others.index_copy(0, rows, others[rows] & masks)
+    banned = [(i, token_id) for i in asking.banning for token_id in banned_ids(asking.seqs[i])]
+    if banned:
+        adjustments.banned = column(banned, np.int64, device).T
+    if asking.penalized:
+        adjustments.counts = token_counts.of(asking.penalized)
+    return adjustments
+
+
+def find_asking(seqs: list[Sequence], vocab_size: int, device: torch.device) -> Asking:
+    rows = [
+        row
         for row, seq in enumerate(seqs)
         # In the middle of a prompt nothing is drawn, and users' callables expect to be asked once a token.
         if seq.sampling_params.adjusts_logits and seq.num_cached_tokens + seq.num_scheduled_tokens == seq.num_tokens
     ]
-    if not asking:
-        return None
-    params = [seq.sampling_params for _, seq in asking]
-    numbered = [(i, seq, seq.sampling_params) for i, (_, seq) in enumerate(asking)]
-
-    def column(values: list, dtype: type) -> torch.Tensor:
-        return to_device(np.array(values, dtype=dtype), device)
-
-    def pairs(rows_and_ids: list[tuple[int, int]]) -> torch.Tensor | None:
-        return column(rows_and_ids, np.int64).T if rows_and_ids else None
-
+    own = [seqs[row] for row in rows]
+    params = [seq.sampling_params for seq in own]
     adjustments = LogitsAdjustments(
-        rows=column([row for row, _ in asking], np.int64),
-        temperatures=column([p.temperature for p in params], np.float32),
+        rows=column(rows, np.int64, device),
+        temperatures=column([p.temperature for p in params], np.float32, device),
     )
     if any(p.top_k > 0 for p in params):
-        adjustments.top_k = column([min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params], np.int64)
+        top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
+        adjustments.top_k = column(top_k, np.int64, device)
     if any(p.top_p < 1.0 for p in params):
-        adjustments.top_p = column([p.top_p for p in params], np.float32)
+        adjustments.top_p = column([p.top_p for p in params], np.float32, device)
     if any(p.min_p > 0.0 for p in params):
-        adjustments.min_p = column([p.min_p for p in params], np.float32)
-    if any(p.allowed_token_ids or p.structured_outputs for p in params):
-        allowed = np.ones((len(asking), vocab_size), dtype=bool)
-        for i, seq, p in numbered:
+        adjustments.min_p = column([p.min_p for p in params], np.float32, device)
+    if any(p.allowed_token_ids for p in params):
+        allowed = np.ones((len(own), vocab_size), dtype=bool)
+        for i, p in enumerate(params):
             if p.allowed_token_ids:
                 allowed[i] = False
-                allowed[i, list(p.allowed_token_ids)] = True
-            if seq.grammar is not None:
-                allowed[i] &= seq.grammar.allowed(seq.completion_token_ids)
+                allowed[i, p.allowed_token_ids] = True
         adjustments.allowed = to_device(allowed, device)
-    banned = [(i, token_id) for i, seq, p in numbered for token_id in banned_ids(seq)]
-    adjustments.banned = pairs(banned)
-    bias = [(i, token_id, value) for i, seq, p in numbered for token_id, value in (p.logit_bias or {}).items()]
+    bias = [(i, token_id, value) for i, p in enumerate(params) for token_id, value in (p.logit_bias or {}).items()]
     if bias:
-        index = pairs([(i, token_id) for i, token_id, _ in bias])
-        assert index is not None
-        adjustments.bias = index, column([value for _, _, value in bias], np.float32)
+        places = column([(i, token_id) for i, token_id, _ in bias], np.int64, device).T
+        adjustments.bias = places, column([value for _, _, value in bias], np.float32, device)
     adjustments.processors = [
-        (i, bind_processor(processor, seq)) for i, seq, p in numbered for processor in p.logits_processors or ()
+        (i, bind_processor(processor, seq))
+        for i, seq in enumerate(own)
+        for processor in params[i].logits_processors or ()
     ]
-    penalized = [(i, seq, p) for i, seq, p in numbered if p.has_penalties]
+    penalized = [i for i, p in enumerate(params) if p.has_penalties]
     if penalized:
-        values = [(p.presence_penalty, p.frequency_penalty, p.repetition_penalty) for _, _, p in penalized]
-        adjustments.penalized = column([i for i, _, _ in penalized], np.int64)
-        adjustments.penalties = column(values, np.float32).T.unsqueeze(-1)
-        adjustments.counts = token_counts.of([seq for _, seq, _ in penalized])
-    return adjustments
+        values = [(p.presence_penalty, p.frequency_penalty, p.repetition_penalty) for p in params if p.has_penalties]
+        adjustments.penalized = column(penalized, np.int64, device)
+        adjustments.penalties = column(values, np.float32, device).T.unsqueeze(-1)
+    return Asking(
+        seqs=own,
+        adjustments=adjustments,
+        grammars=[i for i, seq in enumerate(own) if seq.grammar is not None],
+        banning=[i for i, p in enumerate(params) if p.bad_words or p.min_tokens],
+        penalized=[own[i] for i in penalized],
+    )
+
+
+def column(values: list, dtype: type, device: torch.device) -> torch.Tensor:
+    return to_device(np.array(values, dtype=dtype), device)
 
 
 def banned_ids(seq: Sequence) -> list[int]:
     """Tokens that would complete a bad word, or end the completion before `min_tokens`."""
-    banned = list(seq.stop_ids) if seq.num_completion_tokens < seq.sampling_params.min_tokens else []
-    for word in seq.request.bad_words_ids if seq.sampling_params.bad_words else ():
-        if len(word) == 1 or seq.completion_token_ids[-len(word) + 1 :] == word[:-1]:
+    known, num_tokens = seq.token_ids, seq.num_completion_tokens
+    banned = list(seq.stop_ids) if num_tokens < seq.sampling_params.min_tokens else []
+    for word in seq.request.bad_words_ids:
+        k = len(word) - 1
+        if k == 0 or (num_tokens >= k and known[-k:] == word[:-1]):
             banned.append(word[-1])
     return banned
 

@@ -1,6 +1,5 @@
 """What users pass in -> requests. Everything is checked here, before anything is queued; called by the engine."""
 
-import dataclasses
 import random
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,11 @@ class InputProcessor:
     def __init__(self, config: Config, tokenizer: Any):
         self.config = config
         self.tokenizer = tokenizer
+        # The checkpoint's and, as in vLLM, the tokenizer's: a chat model's config often names its base model's alone.
+        own_eos: int | None = tokenizer.eos_token_id
+        self.eos_token_ids = config.eos_token_ids
+        if own_eos is not None and own_eos < config.hf_config.vocab_size:
+            self.eos_token_ids |= {own_eos}
         self.num_blocks = 0  # of the cache, once its size is known
         self.default_params = default_sampling_params(Path(config.model))
         self._random = random.Random(str(config.seed))  # an int would lose its sign
@@ -34,10 +38,10 @@ class InputProcessor:
         if isinstance(prompts, (str, dict)):
             prompts = [prompts]
         if not isinstance(prompts, (list, tuple)):
-            raise WrongTypeError(f"prompts must be a string, a dict or a list, got {type(prompts).__name__}")
-        if prompts and all(
-            isinstance(prompt, (int, np.integer)) and not isinstance(prompt, bool) for prompt in prompts
-        ):
+            raise WrongTypeError(
+                f"prompts must be a string, a dict or a list, got {type(prompts).__name__}: pass a list of them"
+            )
+        if prompts and isinstance(prompts[0], (int, np.integer)):  # one prompt as token ids
             prompts = [prompts]
         if sampling_params is None:
             sampling_params = self.default_params
@@ -50,24 +54,34 @@ class InputProcessor:
                 f"prompts and sampling_params differ in length: {len(prompts)} and {len(sampling_params)}; "
                 "pass one SamplingParams for all, or one for each prompt"
             )
+        # Those that several prompts share are looked at once.
+        own = {i: self._own_params(params) for i, params in {id(params): params for params in sampling_params}.items()}
         return [
-            self.make_request(prompt, params, f"prompts[{i}]")
+            self._make_request(prompt, *own[id(params)], f"prompts[{i}]")
             for i, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True))
         ]
 
-    def make_request(self, prompt: Any, params: SamplingParams, name: str = "prompt") -> Request:
+    def make_request(self, prompt: Any, params: SamplingParams) -> Request:
         """Raises ValueError for a prompt or parameters that cannot be served."""
+        return self._make_request(prompt, *self._own_params(params), "prompt")
+
+    def _own_params(self, params: Any) -> tuple[SamplingParams, list[list[int]], Any]:
+        """A copy, since users may assign to theirs, checked once more; and its bad words' ids and its grammar."""
         if not isinstance(params, SamplingParams):
             raise WrongTypeError(f"sampling_params must be SamplingParams, got {params!r}")
-        params = dataclasses.replace(params)  # users may assign to theirs: checked again, and ours from here on
+        params = params.clone()
+        self._check_params(params)
+        return params, self._bad_words_ids(params), self._grammar(params)
+
+    def _make_request(
+        self, prompt: Any, params: SamplingParams, bad_words_ids: list[list[int]], grammar: Any, name: str
+    ) -> Request:
         text, token_ids = self._tokenize(prompt, name)
         cache_salt = self._cache_salt(prompt, name)
         num_tokens = self._max_num_tokens(token_ids, params, name)
-        self._check_params(params)
         request = Request(text, token_ids, params, self.tokenizer)
-        request.bad_words_ids = self._bad_words_ids(params)
+        request.bad_words_ids = bad_words_ids
         seed = self._random.getrandbits(64) if params.seed in (None, -1) else params.seed
-        grammar = self._grammar(params)
         for index in range(params.n):
             seq = Sequence(
                 token_ids,
@@ -157,7 +171,9 @@ class InputProcessor:
 
     def _check_ids(self, token_ids: Any, name: str) -> list[int]:
         if not isinstance(token_ids, (list, tuple)):
-            raise WrongTypeError(f"{name} must be a string or a list of token ids, got {type(token_ids).__name__}")
+            raise WrongTypeError(
+                f"{name} must be a string or a list of token ids, got {type(token_ids).__name__}: make it a list"
+            )
         if not token_ids:
             raise ValueError(f"{name} is empty: a prompt needs at least one token")
         wrong = {kind for kind in set(map(type, token_ids)) if kind is bool or not issubclass(kind, (int, np.integer))}
@@ -199,6 +215,10 @@ class InputProcessor:
     def _check_params(self, params: SamplingParams) -> None:
         if params.n > self.config.max_num_seqs:
             raise ValueError(f"n={params.n} is above max_num_seqs={self.config.max_num_seqs}")
+        vocab_size = self.config.hf_config.vocab_size
+        for field in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, field) or 0) > vocab_size:
+                raise ValueError(f"{field}={getattr(params, field)} is above the {vocab_size} tokens of the vocabulary")
         for field in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             if getattr(params, field):
                 self._check_vocabulary(field, list(getattr(params, field)))
@@ -217,8 +237,7 @@ class InputProcessor:
         if params.structured_outputs is None:
             return None
         if self._grammars is None:
-            config = self.config
-            self._grammars = GrammarCompiler(self.tokenizer, config.hf_config.vocab_size, config.eos_token_ids)
+            self._grammars = GrammarCompiler(self.tokenizer, self.config.hf_config.vocab_size, self.eos_token_ids)
         return self._grammars.compile(params.structured_outputs)
 
 

@@ -1,6 +1,7 @@
 """Requests in, outputs out: many prompts at once, streamed or not. The base class of `LLM`."""
 
-from collections.abc import Iterator, Sequence
+from collections import abc
+from collections.abc import Iterator
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -24,7 +25,7 @@ class LLMEngine(EngineCore):
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | abc.Sequence[Prompt],
         sampling_params: SamplingParams | list[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
@@ -38,6 +39,7 @@ class LLMEngine(EngineCore):
         Raises:
             TypeError, ValueError: a bad argument; nothing has been queued then.
             RuntimeError: the engine is closed, or in the middle of a step, where a logits processor called this.
+            EngineDeadError: the device or a rank is lost. torch.OutOfMemoryError: with the settings to lower.
             Whatever one of this call's `logits_processors` raised.
             Whatever interrupts the loop, Ctrl-C included: it propagates, and this call's requests are gone.
         """
@@ -89,12 +91,15 @@ class LLMEngine(EngineCore):
         )
 
     def stream(
-        self, prompts: Any, sampling_params: SamplingParams | list[SamplingParams] | None = None
+        self,
+        prompts: Prompt | abc.Sequence[Prompt],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
     ) -> Iterator[StreamDelta]:
         """Complete one or several prompts and yield what is new as it comes, for scripts and notebook cells.
 
         The deltas of a completion add up to the text that `generate` returns. Leaving the loop early aborts the
-        requests. The arguments are checked at once, not at the first delta.
+        requests. The arguments are checked at once, not at the first delta: this raises TypeError and ValueError as
+        `generate` does, and the iterator everything else.
         """
         requests = self.input_processor.make_requests(prompts, sampling_params)
         return self._stream(requests)
@@ -167,14 +172,15 @@ class LLMEngine(EngineCore):
         """What the checkpoint's generation_config.json recommends, which calls without `SamplingParams` use; a copy."""
         return replace(self.input_processor.default_params)
 
-    def reset_prefix_cache(self) -> None:
-        """Forget cached prefixes; running requests go on."""
+    def reset_prefix_cache(self) -> bool:
+        """Forget cached prefixes; running requests go on. Returns True, as vLLM does on success."""
 
-        def reset() -> None:
+        def reset() -> bool:
             self._drain()
             self.block_manager.reset_prefix_cache()
+            return True
 
-        self._exclusive(reset)
+        return self._exclusive(reset)
 
     def stats(self) -> dict[str, int]:
         """Counters of this moment: requests, cache blocks, and preemptions since the start."""

@@ -12,6 +12,7 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import DecodingSequences, Sequence, SequenceStatus
 
 FINISHED = SequenceStatus.FINISHED
+NOTHING_LEFT = -2  # in place of a token id, as layers/sampler.py has it
 
 
 class Scheduler:
@@ -140,22 +141,23 @@ class Scheduler:
         return finished
 
     def _end_broken(self, seqs: abc.Sequence[Sequence | None], token_ids: list[int]) -> list[Sequence]:
-        """End the sequences whose logits had no finite maximum, or start them over if others may be to blame.
+        """End the sequences that nothing could be drawn for, or start them over if others may be to blame.
 
-        A NaN in a block reaches everyone who reads it, also from a token that comes later: masked, it is 0 · NaN. So
-        who has read blocks of others gets a second chance without them, and who shares blocks with any of these starts
-        over as well. Nobody finds the blocks any more.
+        Whose own parameters exclude every token is alone to blame. Other logits had no finite maximum: a NaN in a
+        block reaches everyone who reads it, also from a token that comes later, since masked it is 0 · NaN. So who has
+        read blocks of others gets a second chance without them, and who shares blocks with any of these starts over as
+        well. Nobody finds the blocks any more.
         """
-        broken = [
-            seq
+        hit = [
+            (seq, token_id)
             for seq, token_id in zip(seqs, token_ids, strict=True)
             if token_id < 0 and seq is not None and seq.status is not FINISHED and seq not in self._tainted
         ]
-        suspects = {block_id for seq in broken for block_id in seq.block_table}
+        suspects = {block_id for seq, token_id in hit if token_id != NOTHING_LEFT for block_id in seq.block_table}
         ended = []
-        for seq in broken:
-            if seq.num_prefix_cached_tokens == 0:
-                self.finish(seq, "error")
+        for seq, token_id in hit:
+            if token_id == NOTHING_LEFT or seq.num_prefix_cached_tokens == 0:
+                self.finish(seq, "error", is_sound=suspects.isdisjoint(seq.block_table))
                 ended.append(seq)
             else:
                 self.block_manager.forget(seq)
@@ -163,13 +165,13 @@ class Scheduler:
         self._tainted |= {seq for seq in self.running if not suspects.isdisjoint(seq.block_table)}
         return ended
 
-    def finish(self, seq: Sequence, reason: str) -> None:
-        """Release what `seq` holds and take it off its queue."""
+    def finish(self, seq: Sequence, reason: str, is_sound: bool = True) -> None:
+        """Release what `seq` holds and take it off its queue; nobody finds its blocks again unless it `is_sound`."""
         if seq.status is SequenceStatus.RUNNING:
-            if reason == "error":  # what it left in the cache is not to be trusted
-                self.block_manager.forget(seq)
-            else:
+            if is_sound:
                 self.block_manager.register(seq, min(len(seq.token_ids), seq.num_cached_tokens))
+            else:
+                self.block_manager.forget(seq)
             self._release(seq)
         else:
             self.waiting.remove(seq)

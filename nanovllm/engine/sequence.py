@@ -1,4 +1,4 @@
-"""One request: its tokens, its progress and the KV blocks it holds. Plain Python, no torch."""
+"""One completion of a request: its tokens, its progress and the KV blocks it holds. Plain Python, no torch."""
 
 from array import array
 from collections import defaultdict
@@ -20,7 +20,7 @@ class SequenceStatus(Enum):
 
 @dataclass(slots=True, eq=False, repr=False)
 class Sequence:
-    """Tokens and counters of one request.
+    """Tokens and counters of one completion; a request (engine/request.py) has `n` of them.
 
     `num_tokens` counts the tokens that exist; the host may not have read the last one yet, so `token_ids` can lag by
     one. `num_cached_tokens` counts those whose KV is in the cache once every launched step has run. A step computes
@@ -143,8 +143,8 @@ class Sequence:
             return True
         return self.grammar is not None and self.grammar.is_finished(self.completion_token_ids)
 
-    def reread(self) -> str | None:
-        """Why the tokens are all, if they are: an interruption may have come before anybody acted on it."""
+    def find_end(self) -> str | None:
+        """Why it has ended, judged anew by its tokens; None if it goes on. After an interruption nothing else is sure."""
         if len(self.token_ids) == self.num_prompt_tokens:
             return None
         reason = self.end_reason()
@@ -219,9 +219,11 @@ class DecodingSequences(list[Sequence]):
 
     @cached_property
     def ending_ids(self) -> frozenset[int]:
-        """The token ids of which each ends one of them, -1 among them: its logits have no maximum."""
-        return frozenset([-1]).union(*{seq.stop_ids for seq in self})
+        """The token ids that end one of them, and what stands for an id where none could be drawn."""
+        return frozenset([-1, -2]).union(*{seq.stop_ids for seq in self})
 
     @cached_property
     def watched(self) -> list[Sequence]:
         return watched(self)
+
+    asking: Any = None  # engine/adjustments.py's: what those of them ask for that does not change

@@ -15,6 +15,7 @@ from torch import nn
 from nanovllm.kernels.sampling import GREEDY_BELOW, gumbel_argmax
 
 NEG_INF = float("-inf")
+NOTHING_LEFT = -2  # in place of a token id: what the row itself asks for excludes every token; the scheduler knows it
 
 
 @dataclass(slots=True)
@@ -45,13 +46,18 @@ class Sampler(nn.Module):
         positions: torch.Tensor,
         adjustments: LogitsAdjustments | None = None,
     ) -> torch.Tensor:
-        """logits [B, vocab]; temperatures [B] float32; seeds, positions [B] int64 -> token ids [B] int64."""
+        """logits [B, vocab]; temperatures [B] float32; seeds, positions [B] int64 -> token ids [B] int64.
+
+        Not an id but -1 where the logits have no finite maximum, and NOTHING_LEFT where only the adjusted have none.
+        """
         if adjustments is None:
             return gumbel_argmax(logits, temperatures, seeds, positions)
         # The rows that ask are drawn by themselves: the others' logits need not be copied, nor be float32.
         rows = adjustments.rows
-        adjusted = adjust_logits(logits[rows].float(), adjustments)
-        token_ids = gumbel_argmax(adjusted, temperatures[rows], seeds[rows], positions[rows])
+        asking = logits[rows].float()
+        is_sound = asking.amax(-1).isfinite()
+        token_ids = gumbel_argmax(adjust_logits(asking, adjustments), temperatures[rows], seeds[rows], positions[rows])
+        token_ids = token_ids.masked_fill((token_ids < 0) & is_sound, NOTHING_LEFT)
         if len(rows) == len(logits):
             return token_ids
         return gumbel_argmax(logits, temperatures, seeds, positions).index_copy(0, rows, token_ids)

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -42,6 +42,13 @@ def check_bool(name: str, value: Any) -> bool:
     """Return `value` if it is True or False; raise WrongTypeError if not."""
     if not isinstance(value, bool):
         raise WrongTypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
+    return value
+
+
+def check_field(instance: Any, name: str, check: Callable[..., Any], *span: Any) -> Any:
+    """Check a field of a dataclass and keep what `check` returns: a plain number, which numpy's or torch's are not."""
+    value = check(name, getattr(instance, name), *span)
+    object.__setattr__(instance, name, value)  # a frozen one's too: this is part of making it
     return value
 
 
