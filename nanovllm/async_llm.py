@@ -139,8 +139,9 @@ class AsyncLLM:
     ) -> AsyncIterator[StreamDelta]:
         """Complete one or several prompts, as `LLM.stream` does; deltas of other tasks' requests never appear.
 
-        Cancelling the task, or closing the iterator, aborts the requests. Raises TypeError or ValueError for bad
-        arguments, RuntimeError if the engine is closed.
+        Cancelling the task, or closing the iterator, aborts the requests. Nothing happens before the first delta is
+        asked for, the checks included: then it raises TypeError or ValueError for bad arguments, RuntimeError if the
+        engine is closed.
         """
         requests = self.llm.input_processor.make_requests(prompts, sampling_params)
         stream = _Stream(requests, asyncio.get_running_loop(), Call(changed=self._thread.changed))

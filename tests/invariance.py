@@ -70,8 +70,12 @@ class Company:
     def neighbours(
         self, rng: random.Random, count: int, min_tokens: int = 1, ignore_eos: bool = True
     ) -> list[tuple[list[int], SamplingParams]]:
-        """Prompts of any length that are greedy, sampled, filtered or ask for log probabilities, as it comes."""
+        """Prompts of any length that are greedy, sampled, filtered or ask for log probabilities, as it comes.
+
+        Half of the times some also ask for what depends on the tokens before, which leaves nothing in flight.
+        """
         found = []
+        reads = rng.random() < 0.5
         for _ in range(count):
             prompt = random_prompt(rng, rng.randint(1, self.max_neighbour_len), self.vocab_size)
             params = SamplingParams(
@@ -83,7 +87,13 @@ class Company:
                 max_tokens=rng.randint(min_tokens, 70),
                 ignore_eos=ignore_eos,
                 seed=rng.randrange(2**31),
+                min_p=rng.choice([0.0, 0.0, 0.05]),
+                logit_bias=rng.choice([None, None, {3: 2.0}]),
             )
+            if reads and rng.random() < 0.3:
+                params.frequency_penalty, params.repetition_penalty = 0.5, 1.2
+                params.bad_words = ["ab"]
+                params.logits_processors = rng.choice([None, [lambda ids, logits: logits * 0.9]])
             found.append((prompt, params))
         return found
 

@@ -230,3 +230,48 @@ def test_the_error_without_llguidance(qwen3, monkeypatch):
     with pytest.raises(ImportError, match=r"nano-vllm\[structured\]"):
         llm.generate("a", structured(regex="a"), use_tqdm=False)
     assert_idle(llm)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_ctrl_c_while_a_grammar_follows_a_token(qwen3, monkeypatch, after):
+    """Before or after the matcher has taken it: whose request goes on has the text that it would have had."""
+    llm = qwen3.llm()
+    params = SamplingParams(seed=3, max_tokens=40, structured_outputs=StructuredOutputsParams(regex="[a-z]{12}!"))
+    (expected,) = llm.generate([[1, 2, 3]], params, use_tqdm=False)
+    assert re.fullmatch("[a-z]{12}!", expected["text"])
+    for at in (1, 5, 12):
+        num_calls = 0
+
+        class Interrupted:
+            """A matcher in whose n-th token Ctrl-C strikes."""
+
+            def __init__(self, matcher: Any):
+                self.matcher = matcher
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self.matcher, name)
+
+            def deep_copy(self) -> Any:
+                return Interrupted(self.matcher.deep_copy())
+
+            def consume_token(self, token_id: int, at: int = at) -> None:
+                nonlocal num_calls
+                num_calls += 1
+                if num_calls == at and not after:
+                    raise KeyboardInterrupt
+                self.matcher.consume_token(token_id)
+                if num_calls == at:
+                    raise KeyboardInterrupt
+
+        request_id = llm.add_request([1, 2, 3], params)
+        (seq,) = llm._requests[request_id].seqs
+        seq.grammar._fresh = Interrupted(seq.grammar._fresh)
+        done, num_interrupts = {}, 0
+        while not llm.is_finished():
+            try:
+                done.update(llm.step()[0])
+            except KeyboardInterrupt:
+                num_interrupts += 1
+        assert num_interrupts == 1
+        assert done[request_id] == expected["token_ids"]
+        assert_idle(llm)

@@ -3,11 +3,13 @@
 That kernels replay correctly is for test_gpu.py; here it is buckets, padding rows, static buffers, both kinds of graph.
 """
 
+import os
+import signal
 from typing import Any
 
 import pytest
 import torch
-from helpers import Checkpoint, greedy, many_prompts
+from helpers import Checkpoint, assert_matches, greedy, many_prompts
 
 from nanovllm import SamplingParams
 from nanovllm.engine.cuda_graph import DecodeGraphs, batch_buckets, capture_stream
@@ -105,6 +107,28 @@ def test_graphs_change_nothing(qwen3: Checkpoint, stand_ins: None, kind: str, de
         assert captured == {kind == "plain"}
     assert StandInGraph.num_captured >= 2
     assert StandInGraph.num_replayed > 12
+
+
+def test_ctrl_c_leaves_no_stream_capturing(qwen3: Checkpoint, stand_ins: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes effect when the capture has ended; else every capture of the process would fail from then on."""
+    events = []
+    begin, end = StandInGraph.capture_begin, StandInGraph.capture_end
+
+    def begin_and_strike(graph: Any, **kwargs: Any) -> None:
+        begin(graph, **kwargs)
+        events.append("begun")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(StandInGraph, "capture_begin", begin_and_strike)
+    monkeypatch.setattr(StandInGraph, "capture_end", lambda graph: events.append("ended") or end(graph))
+    llm = qwen3.llm(max_num_seqs=12)
+    StandInGraph.runner = llm.model_runner
+    llm.model_runner.graphs = CopyingGraphs(llm.model_runner, 12)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[1, 2]], greedy(5), use_tqdm=False)
+    assert events == ["begun", "ended"]
+    monkeypatch.setattr(StandInGraph, "capture_begin", begin)
+    assert_matches(qwen3, [[1, 2]], llm.generate([[1, 2]], greedy(5), use_tqdm=False), 5)
 
 
 def test_every_batch_size_has_a_bucket_close_above() -> None:

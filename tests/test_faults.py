@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import multiprocessing
+import os
 import random
 import threading
 import weakref
@@ -41,6 +42,7 @@ from safetensors.torch import load_file, save_file
 from nanovllm import LLM, AsyncLLM, EngineDeadError, SamplingParams, StructuredOutputsParams
 from nanovllm.config import SIZES
 from nanovllm.engine import model_runner
+from nanovllm.engine.cuda_graph import DecodeGraphs
 
 SMALL = {"device": "cpu", "num_kvcache_blocks": 40, "kvcache_block_size": 16}
 
@@ -422,6 +424,48 @@ def test_a_mask_that_leaves_nothing_ends_all_samples_in_two_rounds(qwen3):
     assert len(watch.steps) <= 4
     assert watch.num_preemptions == 39
     assert_idle(llm)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("fault", ["contradiction", "callable", "nothing allowed"])
+def test_who_has_nothing_left_to_draw_is_alone_with_it(qwen3, fault, depth):
+    """The blocks of its prompt are as good as ever: whoever shares them goes on, and later ones find them."""
+
+    def fails(ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        if len(ids) == 3:
+            raise ZeroDivisionError("not mine")
+        return logits
+
+    rng = random.Random(3)
+    beginning = random_prompt(rng, 48)
+    prompts = [beginning + random_prompt(rng, 5) for _ in range(6)]
+    bad = {
+        "contradiction": SamplingParams(temperature=0, max_tokens=9, min_tokens=5, allowed_token_ids=[EOS]),
+        "callable": SamplingParams(temperature=0, max_tokens=9, logits_processors=[fails]),
+        "nothing allowed": SamplingParams(
+            temperature=0, max_tokens=9, logits_processors=[lambda ids, logits: logits * math.nan]
+        ),
+    }[fault]
+    llm = qwen3.llm()
+    llm.depth = depth
+    run(llm, [beginning], greedy(1))
+    ids = [llm.add_request(prompt, greedy(20)) for prompt in prompts[:5]]
+    llm.step()
+    ids.append(llm.add_request(prompts[5], bad))
+    seqs = [llm._requests[request_id].seqs[0] for request_id in ids]
+    done, errors = {}, 0
+    while not llm.is_finished():
+        try:
+            done.update(llm.step()[0])
+        except ZeroDivisionError:
+            errors += 1
+    assert errors == (fault == "callable")
+    assert seqs[5].finish_reason == "error"
+    assert_matches(qwen3, prompts[:5], [done[request_id] for request_id in ids[:5]], 20)
+    assert [seq.num_preemptions for seq in seqs] == [0] * 6
+    (output,) = run(llm, [prompts[5] + [7]], greedy(5))
+    assert output.metrics.num_cached_prompt_tokens == 48
+    assert_matches(qwen3, [prompts[5] + [7]], [output], 5)
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -914,3 +958,52 @@ def test_a_thread_that_fails_does_not_mix_with_others(qwen3):
     for prompts, outputs in served:
         assert_matches(qwen3, prompts, outputs, 10)
     assert_idle(llm)
+
+
+# ---- the end, once more ----
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_ctrl_c_while_an_engine_closes(qwen3, num_ranks):
+    """Wherever it strikes, the next `close` gives back what is left."""
+    for place in ("gc.collect", "workers.stop", "graphs.clear"):
+        llm = qwen3.llm(tensor_parallel_size=num_ranks)
+        runner = llm.model_runner
+        workers = {process.pid for process in runner.workers.processes} if runner.workers is not None else set()
+        target: tuple[Any, str] | None = (model_runner.gc, "collect")
+        if place == "workers.stop":
+            target = (runner.workers, "stop") if runner.workers is not None else None
+        elif place == "graphs.clear":
+            runner.graphs = DecodeGraphs(runner, 4)
+            target = (runner.graphs, "clear")
+        if target is None:
+            continue
+        with replaced(*target, raising(KeyboardInterrupt(), 1)), pytest.raises(KeyboardInterrupt):
+            llm.close()
+        assert not runner.is_closed
+        llm.close()
+        assert runner.is_closed
+        assert not {"model", "kv_cache", "state", "tp"} & set(vars(runner))
+        assert not child_pids() & workers
+        llm.close()
+        with pytest.raises(RuntimeError, match="has been closed"):
+            llm.generate([[1]])
+
+
+def test_a_fork_cannot_use_the_engine(qwen3):
+    """Its threads are not there, so that it would wait for them for ever."""
+    llm = qwen3.llm()
+    run(llm, [[1, 2]], greedy(3))
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            llm.generate([[1, 2]], greedy(3), use_tqdm=False)
+        except EngineDeadError as error:
+            os.write(writer, str(error).encode())
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert f"belongs to process {os.getpid()}, of which this one is a fork" in os.read(reader, 1000).decode()
+    for fd in (reader, writer):
+        os.close(fd)
+    assert_matches(qwen3, [[1, 2]], run(llm, [[1, 2]], greedy(3)), 3)

@@ -343,6 +343,72 @@ def test_a_worker_hangs(qwen3):
     llm.close()
 
 
+BROKEN_WORKER = """
+import time
+from nanovllm.engine import worker
+from nanovllm.layers.linear import RowParallelLinear
+count, forward = 0, RowParallelLinear.forward
+def breaking(self, x):
+    global count
+    count += 1
+    if count == 21:
+        {act}
+    return forward(self, x)
+RowParallelLinear.forward = breaking
+worker.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        ("time.sleep(600)", r"rank 1 \(process \d+\) has not moved for 1\.5 s"),
+        ("raise KeyError('a layer')", "ended with exit code 1: KeyError: 'a layer'"),
+    ],
+)
+def test_a_worker_hangs_or_raises_inside_a_layer(qwen3, monkeypatch, tmp_path, capfd, act, message):
+    """While rank 0 waits for it in a sum, and while all its other threads live."""
+    (tmp_path / "worker.py").write_text(BROKEN_WORKER.format(act=act))
+    broken_rank.start_workers_with_it(monkeypatch.setattr, str(tmp_path / "worker.py"))
+    llm = qwen3.llm(tensor_parallel_size=2, worker_timeout_s=1.5)
+    pids = worker_pids(llm)
+    with pytest.raises(EngineDeadError, match=message):
+        llm.generate([[1, 2, 3]], greedy(50), use_tqdm=False)
+    assert_gone(pids)
+    llm.close()
+
+
+def test_an_idle_engine_is_not_taken_for_a_hanging_one(qwen3):
+    """Ranks agree on how far they are, whatever was asked for, so that nobody seems to be behind."""
+    with qwen3.llm(tensor_parallel_size=2, worker_timeout_s=1.0) as llm:
+        params = SamplingParams(max_tokens=5, logprobs=2, prompt_logprobs=1, top_p=0.9)
+        llm.generate(many_prompts(3), params, use_tqdm=False)
+        progress = llm.model_runner.workers.channel.progress
+        wait_until(lambda: progress[0] == progress[1])
+        assert progress[0] == llm.model_runner.tp.num_steps << 20 > 0
+        time.sleep(2.5)
+        llm.generate([[1]], greedy(3), use_tqdm=False)
+
+
+def test_an_exit_that_a_signal_asks_for_propagates(qwen3):
+    """A handler of SIGTERM calls sys.exit(), which the program's `except Exception` must not catch."""
+    llm = qwen3.llm(tensor_parallel_size=2)
+    pids = worker_pids(llm)
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+    try:
+        with pytest.raises(SystemExit) as caught:
+            while_generating(
+                llm, lambda: os.kill(os.getpid(), signal.SIGTERM), lambda llm: (llm.model_runner, "run_model")
+            )
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert caught.value.code == 3
+    with pytest.raises(EngineDeadError, match="rank 0 failed in a step: SystemExit: 3"):
+        llm.generate([[1]], use_tqdm=False)
+    assert_gone(pids)
+    llm.close()
+
+
 def test_an_exception_in_a_workers_step(qwen3, capfd):
     """Here for a kind of step that there is not, which only the worker is told."""
     llm = qwen3.llm(tensor_parallel_size=2)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nanovllm.utils.interrupts import deferred_interrupts
+
 if TYPE_CHECKING:
     from nanovllm.engine.model_runner import ModelRunner
 
@@ -78,11 +80,12 @@ class DecodeGraphs:
             stream.wait_stream(previous)
             step()
             stream.synchronize()
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-            try:
-                outputs = step()
-            finally:
-                graph.capture_end()
+            with deferred_interrupts():  # or the stream, which is the process's, could be left capturing
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                try:
+                    outputs = step()
+                finally:
+                    graph.capture_end()
         previous.wait_stream(stream)
         self.pool = graph.pool()
         self.graphs[bucket, sample] = graph, rows, outputs

@@ -1,6 +1,7 @@
 """The loop of schedule, run and postprocess, and who owns what of it. The base class of `LLMEngine`."""
 
 import logging
+import os
 import time
 import traceback
 import weakref
@@ -32,7 +33,8 @@ T = TypeVar("T")
 class EngineCore:
     """Requests that take part in steps, and how they leave: finished, aborted, or dropped by what struck a call.
 
-    `_exclusive` guards the state; an interruption anywhere in it is mended by `_recover` before the next use.
+    `_exclusive` guards the state; an interruption anywhere in it is mended by `_recover` before the next use. It and
+    `_step`, `_enqueue` and `_drop` are what `LLMEngine` and `AsyncLLM` are made of.
     """
 
     def __init__(self, model: str, **kwargs: Any):
@@ -54,12 +56,13 @@ class EngineCore:
         num_blocks, block_size = self.model_runner.num_kvcache_blocks, config.kvcache_block_size
         self.block_manager = BlockManager(num_blocks, block_size)
         self.scheduler = Scheduler(
-            config.max_num_seqs, config.max_num_batched_tokens, self.block_manager, config.eos_token_ids
+            config.max_num_seqs, config.max_num_batched_tokens, self.block_manager, self.input_processor.eos_token_ids
         )
         self.input_processor.num_blocks = num_blocks
         # How many steps may be launched beyond the one whose tokens are being read. A CPU step is over when launched.
         self.depth = 1 if config.device.type == "cuda" else 0
-        self._in_flight: deque[tuple[list[Sequence], abc.Sequence[Sequence | None], PendingTokens, bool]] = deque()
+        self._in_flight: deque[tuple[list[Sequence], abc.Sequence[Sequence | None], PendingTokens]] = deque()
+        self._pid = os.getpid()
         self._requests: dict[int, Request] = {}  # every unfinished request
         self._step_call = Call()  # of the requests that `add_request` queued and `step` reports
         self._death: EngineDeadError | None = None
@@ -92,8 +95,8 @@ class EngineCore:
         """Schedule a batch, launch it, and take in the tokens of the step before.
 
         Returns the finished requests as (request id, token ids), one for each completion, and the number of tokens
-        computed. Raises what a request's `logits_processors` raised; that request has ended then. What Ctrl-C keeps
-        from the caller the next step reports, unless it strikes in the very moment of the return.
+        computed. Raises what a request's `logits_processors` raised; that request has ended then. If Ctrl-C interrupts
+        this, the next call reports what this one would have, unless it strikes in the very moment of the return.
         """
         taken: dict[int, Request] = {}
 
@@ -156,7 +159,7 @@ class EngineCore:
             num_tokens = step.num_tokens
             # Draws that depend on the tokens before them leave nothing in flight.
             depth = self.depth if step.is_plain or not any([seq.reads_tokens for seq in seqs]) else 0
-            self._in_flight.append((seqs, self.scheduler.advance(seqs), step, is_prefill))
+            self._in_flight.append((seqs, self.scheduler.advance(seqs), step))
         self._drain(depth)
         if self._aborts:
             self._abort_all()
@@ -178,13 +181,11 @@ class EngineCore:
                     self._finish(seq)
             self._aborts.popleft()
 
-    def _postprocess(
-        self, seqs: list[Sequence], sampling: abc.Sequence[Sequence | None], step: PendingTokens, is_prefill: bool
-    ) -> None:
+    def _postprocess(self, seqs: list[Sequence], sampling: abc.Sequence[Sequence | None], step: PendingTokens) -> None:
         """Take in the tokens of a launched step; `sampling`: what `advance` said of its rows."""
         with diagnosed(self.config, seqs):
             token_ids = step.wait()
-        if is_prefill:
+        if step.is_prefill:
             for seq in sampling:
                 if seq is not None and seq.request.metrics.first_token_time is None:
                     seq.request.metrics.first_token_time = time.time()
@@ -198,9 +199,7 @@ class EngineCore:
         watching = [seq for seq in watching if not seq.is_finished]
         finished = self.scheduler.postprocess(sampling, token_ids)
         for seq in watching:
-            if seq.finish_reason == "error":
-                continue
-            if seq.was_ended_by_token:  # whose text is no text
+            if seq.finish_reason == "error" or seq.was_ended_by_token:  # its text says nothing about how it ended
                 continue
             if seq.is_whole():
                 finished += self._stop(seq)
@@ -237,7 +236,7 @@ class EngineCore:
     def _recover(self) -> None:
         """After an interruption anywhere: let the device finish, then start the surviving requests over."""
         while self._in_flight:
-            seqs, _, step, _ = self._in_flight.popleft()
+            seqs, _, step = self._in_flight.popleft()
             with diagnosed(self.config, seqs):
                 step.wait()
         while self._dropped:
@@ -247,7 +246,7 @@ class EngineCore:
         for request in list(self._requests.values()):
             for seq in request.seqs:
                 # One that the scheduler ended by its length may have a stop string at its very end.
-                if seq.finish_reason in (None, "length") and (end := seq.reread()):
+                if seq.finish_reason in (None, "length") and (end := seq.find_end()):
                     seq.finish(end)
                 if seq.is_finished:  # but perhaps nobody was told
                     self._finish(seq)
@@ -293,7 +292,11 @@ class EngineCore:
     def exit(self) -> None:
         """Give back memory and processes; harmless when repeated. The engine cannot be used afterwards."""
         self._check_not_in_step()
-        self._lock.hold(self._finalizer)  # not in the middle of another thread's step
+        self._lock.hold(self._close)  # not in the middle of another thread's step
+
+    def _close(self) -> None:
+        self._finalizer()
+        self.model_runner.exit()  # once more if Ctrl-C cut that short: a finalizer is called but once
 
     def _is_in_step(self) -> bool:
         """Whether this thread is inside `_step`, as a user's callable is.
@@ -313,6 +316,10 @@ class EngineCore:
             )
 
     def _check_alive(self) -> None:
+        if os.getpid() != self._pid:  # threads, ranks and the device's context stay behind
+            raise EngineDeadError(
+                f"this engine belongs to process {self._pid}, of which this one is a fork: make another LLM here"
+            )
         if not self._finalizer.alive:
             raise RuntimeError("this engine has been closed: make another LLM")
         if self._death is not None:

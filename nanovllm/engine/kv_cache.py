@@ -59,10 +59,15 @@ def choose_num_blocks(config: Config, tp: TensorParallel, reserve_bytes: int) ->
     num_blocks = min(int(available // num_bytes), config.max_num_seqs * config.max_blocks)
     num_blocks = int(tp.all_gather(torch.tensor([num_blocks], device=device)).min())  # what all can hold
     if num_blocks < 1:
+        remedy = f"lower kvcache_block_size, now {config.kvcache_block_size}, or set num_kvcache_blocks"
+        if device.type == "cuda":
+            remedy = (
+                f"raise gpu_memory_utilization, now {config.gpu_memory_utilization}, or lower max_num_batched_tokens, "
+                f"now {config.max_num_batched_tokens}"
+            )
         raise ValueError(
-            f"no memory for a KV cache: {available / 2**20:.0f} MiB are left, and one block of "
-            f"{config.kvcache_block_size} tokens takes {num_bytes / 2**20:.0f}; raise gpu_memory_utilization, now "
-            f"{config.gpu_memory_utilization}, or lower max_num_batched_tokens, now {config.max_num_batched_tokens}"
+            f"no memory for a KV cache: {available / 2**20:.0f} MiB may be used, and one block of "
+            f"{config.kvcache_block_size} tokens takes {num_bytes / 2**20:.0f}; {remedy}"
         )
     return num_blocks
 

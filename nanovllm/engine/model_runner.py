@@ -55,6 +55,7 @@ class ModelRunner:
         self.device: torch.device = config.device
         self.block_size = config.kvcache_block_size
         self.workers: WorkerGroup | None = None
+        self.is_closed = False
         if config.tensor_parallel_size > 1 and rank == 0:
             self._start_with_workers()
         else:
@@ -99,7 +100,7 @@ class ModelRunner:
     # ---- a step ----
 
     def call(self, method: str, *args: Any) -> Any:
-        """Run a method by name; `run` tells the other ranks."""
+        """Run a method by name, as upstream's engine does; `run` is all that ours calls so."""
         return getattr(self, method)(*args)
 
     def run(self, seqs: list[Sequence], is_prefill: bool) -> PendingTokens:
@@ -113,6 +114,7 @@ class ModelRunner:
         else:
             with self.workers.together(step):
                 output = self.execute(step, seqs)
+                self.tp.end_step()
         if output.error is not None:
             raise output.error
         return PendingTokens(step, output, self.workers.check if self.workers is not None else None, self.token_buffers)
@@ -137,6 +139,7 @@ class ModelRunner:
         """What a rank beside rank 0 does until it is told to end."""
         while (step := next_step()) is not None:
             self.execute(step)
+            self.tp.end_step()
 
     def prepare_prefill(self, seqs: list[Sequence]) -> StepInput:
         return prepare_prefill(seqs)
@@ -218,8 +221,7 @@ class ModelRunner:
                 output.logprobs = sampled_logprobs(seqs, logits, output.token_ids)
             except BaseException as error:  # a user's callable may raise whatever it likes
                 output.error = error
-        if self.tp.size > 1:
-            self.tp.broadcast(output.token_ids)
+        self.tp.broadcast(output.token_ids)
         return output
 
     def full_logits(self, logits: torch.Tensor) -> torch.Tensor:
@@ -306,7 +308,9 @@ class ModelRunner:
         return choose_num_blocks(self.config, self.tp, reserve_bytes)
 
     def exit(self) -> None:
-        """Give back processes and the device's memory; harmless when repeated."""
+        """Give back processes and the device's memory; harmless when repeated, also where Ctrl-C cut it short."""
+        if self.is_closed:
+            return
         graphs, self.graphs = self.graphs, None
         if graphs is not None:
             graphs.clear()  # before the communicator, whose end waits for that of the graphs that use it
@@ -323,3 +327,4 @@ class ModelRunner:
                 with contextlib.suppress(RuntimeError):  # of a device that is lost
                     torch.cuda.synchronize(self.device)
                     torch.cuda.empty_cache()
+        self.is_closed = True

@@ -10,7 +10,7 @@ from nanovllm.engine.batch import StepInput
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.sampler import LogprobsTensors, compute_logprobs
 
-POLL_S = 2e-5  # hidden where a step is launched ahead; meanwhile other threads have the interpreter
+TOKENS_POLL_S = 2e-5  # hidden where a step is launched ahead; meanwhile other threads have the interpreter
 
 
 @dataclass(slots=True)
@@ -57,7 +57,7 @@ class PendingTokens:
     ):
         """check: raises if the tokens are not to be trusted, because a rank was lost; buffers: None on a CPU."""
         self.num_tokens = step.num_tokens  # that the step computes
-        self.is_plain = step.is_plain
+        self.is_prefill, self.is_plain = step.is_prefill, step.is_plain
         self.check = check
         self.token_ids = output.token_ids
         self.buffers = buffers
@@ -75,7 +75,7 @@ class PendingTokens:
         if self.check is not None:
             while self.buffers is not None and not self.event.query():
                 self.check()
-                time.sleep(POLL_S)
+                time.sleep(TOKENS_POLL_S)
             self.check()
         elif self.buffers is not None:
             self.event.synchronize()

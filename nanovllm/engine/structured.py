@@ -30,7 +30,7 @@ class GrammarCompiler:
         self.cached = lru_cache(maxsize=64)(self._compile)
 
     def compile(self, params: StructuredOutputsParams) -> "Grammar":
-        """Nobody's own: what follows a completion is a copy of it.
+        """A compiled grammar, shared: `copy()` it for each completion.
 
         Raises ValueError for a schema, expression or grammar that cannot be compiled.
         """
@@ -66,20 +66,21 @@ class GrammarCompiler:
 class Grammar:
     """The state of one completion's grammar; it follows the completion's ids as they come."""
 
-    def __init__(self, matcher: Any, vocab_size: int):
-        self._matcher = matcher
+    def __init__(self, fresh: Any, vocab_size: int):
+        """fresh: a matcher at the beginning, which is copied."""
+        self._fresh = fresh
         self._vocab_size = vocab_size
-        self._num_consumed = 0
+        self._num_consumed = -1  # tokens that the matcher has followed; -1 if it has to begin again
 
     def copy(self) -> "Grammar":
-        """A fresh one for another completion of the same prompt."""
-        return Grammar(self._matcher.deep_copy(), self._vocab_size)
+        """For another completion, which begins."""
+        return Grammar(self._fresh, self._vocab_size)
 
     def allowed(self, token_ids: list[int]) -> np.ndarray:
         """Which tokens may follow the completion `token_ids`, [vocab] bool.
 
-        None may where the matcher gave up, at one of its limits or after a token that it had not allowed: the
-        completion then ends with an error, where it would else pass for one that matches.
+        No token may once the matcher has given up, at one of its limits or after a token that it had not allowed: the
+        completion then ends with an error instead of passing for one that matches.
         """
         self._follow(token_ids)
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
@@ -93,6 +94,9 @@ class Grammar:
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
     def _follow(self, token_ids: list[int]) -> None:
-        for token_id in token_ids[self._num_consumed :]:
+        begin, self._num_consumed = self._num_consumed, -1  # if Ctrl-C strikes from here on, nobody knows how many
+        if begin < 0:
+            self._matcher, begin = self._fresh.deep_copy(), 0
+        for token_id in token_ids[begin:]:
             self._matcher.consume_token(token_id)
         self._num_consumed = len(token_ids)

@@ -35,8 +35,7 @@ def main() -> None:
     threading.Thread(target=live, args=(channel, rank, lifeline, parent, boot["directory"]), daemon=True).start()
     code = 1
     try:
-        config = Config(**boot["config"])
-        object.__setattr__(config, "device", rank_device(config.device, rank))
+        config = Config(**boot["config"]).of_rank(rank)
         if config.device.type == "cpu":
             torch.set_num_threads(boot["num_threads"])
         else:
@@ -45,7 +44,9 @@ def main() -> None:
 
         def meet() -> TensorParallel:
             tell(state="ready")
-            return connect(boot, rank, size)
+            tp = connect(boot, rank, size)
+            tp.progress = channel.progress[rank : rank + 1]
+            return tp
 
         runner = ModelRunner(config, rank, meet, lambda: tell(state="loaded"))
         tell(state="started")
@@ -57,11 +58,6 @@ def main() -> None:
     finally:
         sys.stderr.flush()
         os._exit(code)  # at once: peers may be gone, and what there is to free ends with the process
-
-
-def rank_device(device: torch.device, rank: int) -> torch.device:
-    """Rank 0's device is the first of a row."""
-    return device if device.type == "cpu" else torch.device(device.type, device.index + rank)
 
 
 def wait_on(sock: socket.socket, channel: StepChannel, rank: int) -> Callable[[], StepInput | None]:

@@ -127,6 +127,7 @@ class WorkerGroup:
         if isinstance(results[0], BaseException):
             raise results[0]
         self.communicator = results[0].communicator
+        results[0].progress = self.channel.progress[:1]
         return results[0]
 
     def loaded(self) -> None:
@@ -154,7 +155,7 @@ class WorkerGroup:
         """Around rank 0's own part of `step`: the others begin theirs.
 
         Ctrl-C waits until all ranks have launched it. Whatever else goes wrong within leaves them waiting for each
-        other, so it is the end: EngineDeadError.
+        other, so it is the end: EngineDeadError, or what else than an Exception it was, as of a handler of SIGTERM.
         """
         with deferred_interrupts():
             try:
@@ -172,6 +173,8 @@ class WorkerGroup:
                 self.fail(f"rank 0 failed in a step: {type(error).__name__}: {error}")
                 # Whoever keeps the exception keeps no tensors, and no graphs, for whose end the communicator's waits.
                 traceback.clear_frames(error.__traceback__)
+                if not isinstance(error, Exception):
+                    raise
                 raise EngineDeadError(self.failure) from error
 
     def _wake(self) -> None:
@@ -182,10 +185,6 @@ class WorkerGroup:
         """Raise EngineDeadError if a rank is lost."""
         if self.failure is not None:
             raise EngineDeadError(self.failure)
-        if os.getpid() != self.pid:
-            raise EngineDeadError(
-                f"this engine's ranks belong to process {self.pid}, of which this one is a fork: make another LLM here"
-            )
 
     def is_lost(self) -> bool:
         """Whether a rank is. What is done with a dead peer may fail before the watching thread has seen the death."""
@@ -225,10 +224,10 @@ class WorkerGroup:
                     self.progress[rank] = STATES.index(answer["state"])
                 if self.progress[rank] < STATES.index("loaded"):
                     continue  # a driver that starts, or a slow disk, may stop all threads for long
-                # On a GPU a step is taken up at once, or the main thread hangs; a CPU may well compute for minutes.
-                num_done = int(self.channel.num_done[rank])
-                is_late = self.device.type == "cuda" and num_done < self.channel.num_sent
-                mark = ("step", num_done) if is_late else ("beat", int(self.channel.heartbeats[rank]))
+                # All ranks do the same, one thing after another: who stays behind rank 0 hangs, whatever lives in it.
+                own, others = int(self.channel.progress[rank]), int(self.channel.progress[0])
+                is_behind = self.channel.num_sent > 0 and own < others
+                mark = ("step", own) if is_behind else ("beat", int(self.channel.heartbeats[rank]))
                 if marks.get(rank) != mark:
                     marks[rank], num_polls[rank] = mark, 0
                 num_polls[rank] += 1

@@ -47,6 +47,19 @@ class TensorParallel:
         self.rank = rank
         self.size = size
         self.communicator = communicator or Communicator()
+        # [1] int64 in memory that all ranks see: how far this one is in the sequence of calls and steps common to all.
+        self.progress: Any = None
+        self.num_steps = 0
+
+    def end_step(self) -> None:
+        """To be called by every rank after the same step."""
+        self.num_steps += 1
+        self.progress[0] = self.num_steps << 20
+
+    def _begin_call(self) -> Communicator:
+        if self.progress is not None:
+            self.progress[0] += 1
+        return self.communicator
 
     def shard(self, name: str, total: int) -> int:
         """How much of `total` each rank holds; raises ValueError if it does not divide."""
@@ -65,16 +78,16 @@ class TensorParallel:
         return -(-shard // 64) * 64 if self.size > 1 and vocab_size >= 64 * self.size**2 else shard
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.size == 1 else self.communicator.all_reduce(x)
+        return self._begin_call().all_reduce(x)
 
     def summand(self, num_rows: int, width: int, is_first: bool = False) -> "PeerSum | None":
-        return self.communicator.summand(num_rows, width, is_first)
+        return self._begin_call().summand(num_rows, width, is_first)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        return self.communicator.all_gather(x)
+        return self._begin_call().all_gather(x)
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
-        return self.communicator.broadcast(x)
+        return self._begin_call().broadcast(x)
 
 
 def check_divisible(hf_config: Any, size: int) -> None:

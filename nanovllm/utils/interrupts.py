@@ -1,4 +1,4 @@
-"""Ctrl-C, held back where it would leave other processes alone. Called by the model runner and its worker group."""
+"""Ctrl-C, held back for a moment: where it would leave other ranks alone, or a stream capturing."""
 
 import signal
 import threading
