@@ -1,1 +1,1 @@
-"""The parts of bench.py: what is run, on which engine, against which floor."""
+"""The parts of bench.py, and benchmarks that run by themselves (`python -m benchmarks.NAME`)."""

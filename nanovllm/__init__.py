@@ -1,4 +1,4 @@
-"""nano-vllm: an offline LLM inference engine that reads in an afternoon."""
+"""nano-vllm: an offline LLM inference engine that you can read in an afternoon."""
 
 import logging
 
