@@ -27,6 +27,7 @@ from nanovllm.layers.embed_head import VocabParallelEmbedding  # noqa: E402
 from nanovllm.layers.layernorm import RMSNorm  # noqa: E402
 from nanovllm.layers.linear import MergedColumnParallelLinear, RowParallelLinear  # noqa: E402
 from nanovllm.utils import nccl, peer_memory  # noqa: E402
+from nanovllm.utils.context import Context, set_context  # noqa: E402
 from nanovllm.utils.distributed import Communicator, TensorParallel  # noqa: E402
 from nanovllm.utils.peer_memory import HEADER_BYTES, PeerMemory, PeerSum, open_peer_memory, region_bytes  # noqa: E402
 
@@ -169,7 +170,7 @@ class Shared(Communicator):
         return self.peers.summand(num_rows, width, is_first)
 
 
-def forward_a_layer(tp: TensorParallel, biases: bool, input_ids: torch.Tensor) -> torch.Tensor:
+def forward_a_layer(tp: TensorParallel, biases: bool, is_prefill: bool, input_ids: torch.Tensor) -> torch.Tensor:
     """Embedding, norm and product, product, norm, gated product, product, norm: [T, hidden]."""
     _, hidden = SHAPE
     embed = VocabParallelEmbedding(64, hidden, tp)
@@ -192,18 +193,20 @@ def forward_a_layer(tp: TensorParallel, biases: bool, input_ids: torch.Tensor) -
                 layer.load(name, torch.randn(sizes, generator=generator), i if is_split else None)
     for norm in norms:
         norm.weight.copy_(torch.rand(hidden, generator=generator))
-    x, residual = layers[0].forward_normed(norms[0], embed(input_ids), None)
-    x, residual = layers[2].forward_normed(norms[1], layers[1](x), residual, gated=True)
-    summed = layers[3](x)
+    with set_context(Context(is_prefill, 0, *[None] * 3, 0)):  # type: ignore[list-item]
+        x, residual = layers[0].forward_normed(norms[0], embed(input_ids), None)
+        x, residual = layers[2].forward_normed(norms[1], layers[1](x), residual, gated=True)
+        summed = layers[3](x)
     assert isinstance(summed, PeerSum) == (tp.size > 1)
     return norms[2](summed, residual)[0]
 
 
 def check_layers(peers: PeerMemory, biases: bool) -> None:
-    for num_rows in (3, 1, SHAPE[0], 1):
+    for num_rows, is_prefill in ((3, False), (1, False), (SHAPE[0], True), (1, True), (1, False)):
         input_ids = torch.arange(num_rows) * 13
-        actual = forward_a_layer(TensorParallel(peers.rank, peers.size, Shared(peers)), biases, input_ids)
-        torch.testing.assert_close(actual, forward_a_layer(TensorParallel(), biases, input_ids), rtol=1e-4, atol=1e-4)
+        tp = TensorParallel(peers.rank, peers.size, Shared(peers))
+        actual, alone = (forward_a_layer(ranks, biases, is_prefill, input_ids) for ranks in (tp, TensorParallel()))
+        torch.testing.assert_close(actual, alone, rtol=1e-4, atol=1e-4)
 
 
 @needs_interpreter

@@ -43,6 +43,7 @@ from nanovllm import LLM, AsyncLLM, EngineDeadError, SamplingParams, StructuredO
 from nanovllm.config import SIZES
 from nanovllm.engine import model_runner
 from nanovllm.engine.cuda_graph import DecodeGraphs
+from nanovllm.engine.input_processor import fold_seed
 
 SMALL = {"device": "cpu", "num_kvcache_blocks": 40, "kvcache_block_size": 16}
 
@@ -391,19 +392,21 @@ def test_a_broken_sample_does_not_take_its_siblings_along(qwen3, depth, victim):
     llm.depth = depth
     params = {"n": 4, "seed": 3, "max_tokens": 20, "ignore_eos": True}
     (expected,) = run(llm, "a prompt of more than one block", SamplingParams(**params))
-    begin = [completion.token_ids[:5] for completion in expected.outputs]
-    asked = 0
+    position, asked = len(expected.prompt_token_ids) + 5, 0
 
-    def processor(output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
-        nonlocal asked
-        if output_ids != begin[victim]:
-            return logits
-        asked += 1
-        return logits * math.nan
+    def breaking(sample: Any) -> Any:
+        def sample_broken(logits: Any, temperatures: Any, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            nonlocal asked
+            broken = (seeds == fold_seed(3, victim)) & (positions == position)
+            asked += int(broken.sum())
+            return sample(logits.masked_fill(broken[:, None], math.nan), temperatures, seeds, positions)
+
+        return sample_broken
 
     watch = Watch(llm)
     llm.reset_prefix_cache()
-    (output,) = run(llm, "a prompt of more than one block", SamplingParams(**params, logits_processors=[processor]))
+    with replaced(llm.model_runner, "sample", breaking):
+        (output,) = run(llm, "a prompt of more than one block", SamplingParams(**params))
     for i, (completion, clean) in enumerate(zip(output.outputs, expected.outputs, strict=True)):
         length, reason = (5, "error") if i == victim else (20, "length")
         assert completion.token_ids == clean.token_ids[:length]
@@ -415,14 +418,14 @@ def test_a_broken_sample_does_not_take_its_siblings_along(qwen3, depth, victim):
     assert_idle(llm)
 
 
-def test_a_mask_that_leaves_nothing_ends_all_samples_in_two_rounds(qwen3):
+def test_a_mask_that_leaves_nothing_ends_all_samples_at_once(qwen3):
     llm = qwen3.llm()
     watch = Watch(llm)
     params = SamplingParams(n=40, allowed_token_ids=[65], bad_words=[make_tokenizer().decode([65])], max_tokens=5)
     (output,) = run(llm, "a prompt of more than one block", params)
     assert [completion.finish_reason for completion in output.outputs] == ["error"] * 40
-    assert len(watch.steps) <= 4
-    assert watch.num_preemptions == 39
+    assert len(watch.steps) <= 3
+    assert watch.num_preemptions == 0
     assert_idle(llm)
 
 
