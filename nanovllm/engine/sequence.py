@@ -144,7 +144,7 @@ class Sequence:
         return self.grammar is not None and self.grammar.is_finished(self.completion_token_ids)
 
     def find_end(self) -> str | None:
-        """Why it has ended, judged anew by its tokens, which alone are sure after an interruption; None if it goes on."""
+        """Why it has ended, judged anew by its tokens, all that is sure after an interruption; None if it goes on."""
         if len(self.token_ids) == self.num_prompt_tokens:
             return None
         reason = self.end_reason()
