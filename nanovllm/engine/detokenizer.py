@@ -1,109 +1,10 @@
 """Incremental text of one completion, and the stop strings in it. Made by a request that needs either."""
 
-import codecs
-import re
 from typing import Any
 
-from tokenizers import pre_tokenizers
-from tokenizers.decoders import ByteLevel
+from tokenizers.decoders import ByteLevel, DecodeStream
 
 from nanovllm.sampling_params import SamplingParams
-
-BROKEN = "\ufffd"  # what bytes are shown as that are no UTF-8
-BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")  # as the decoder ByteFallback reads it
-# A byte-level tokenizer writes bytes as characters: printable ones as themselves, the others, in order, as from 256 on.
-OTHER_BYTES = iter(sorted({*range(256)} - set(map(ord, pre_tokenizers.ByteLevel.alphabet()))))
-BYTES = {c: ord(c) if ord(c) < 256 else next(OTHER_BYTES) for c in sorted(pre_tokenizers.ByteLevel.alphabet())}
-
-
-class ByteLevelStream:
-    """Token by token, a text that is all tokens' bytes, one after another."""
-
-    def __init__(self, backend: Any, skip_special_tokens: bool):
-        self.backend = backend
-        self.pending: list[int] = []  # none: what was given out stays
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def step(self, token_id: int) -> str:
-        token = self.backend.id_to_token(token_id)
-        try:
-            return self._utf8.decode(bytes([BYTES[char] for char in token]))
-        except KeyError:  # an added token, which stands for itself
-            return self._utf8.decode(token.encode())
-
-
-class WindowStream:
-    """Token by token, the text of any other tokenizer: the tokens of the last piece are decoded again with the next.
-
-    tokenizers' DecodeStream does that too, but while a text ends in U+FFFD, each token takes it longer than the last.
-    """
-
-    def __init__(self, backend: Any, skip_special_tokens: bool):
-        self.backend, self.skip_special_tokens = backend, skip_special_tokens
-        self.pending: list[int] = []  # ids read since the last piece
-        self._context: list[int] = []  # those of that piece: what precedes a token may change its spaces
-        self._prefix = ""  # their text
-        byte = backend.token_to_id("<0x80>")
-        self._has_bytes = byte is not None and backend.decode([byte], skip_special_tokens=False) == BROKEN
-        # One-shot decoding shows all bytes of a run as U+FFFD if one is invalid. What has been given out stays.
-        self._begun = b""  # of a character
-        self._num_owed = 0  # bytes that will each be a U+FFFD if one is
-        self._is_broken = False  # one is
-
-    def step(self, token_id: int) -> str:
-        """The next piece; "" if there is none yet, as in the middle of a character."""
-        token = self.backend.id_to_token(token_id)
-        byte = BYTE_TOKEN.fullmatch(token) if self._has_bytes else None
-        if byte is None:
-            broken = self._break() if self._begun else ""
-            self._num_owed, self._is_broken = 0, False
-            return broken + self._read(token_id, may_wait=not token.endswith(BROKEN))
-        if self._is_broken:
-            return BROKEN
-        self._begun += bytes.fromhex(byte[1])
-        self._num_owed += 1
-        try:
-            is_whole = codecs.utf_8_decode(self._begun)[1] == len(self._begun)
-        except UnicodeDecodeError:
-            self.pending.append(token_id)
-            return self._break()
-        if not is_whole:
-            self.pending.append(token_id)
-            return ""
-        piece = self._read(token_id, may_wait=False)
-        self._begun = b""
-        if piece:
-            self._num_owed = self._num_owed - 1 if piece == BROKEN else 0  # three bytes may be meant as that one
-        return piece
-
-    def _break(self) -> str:
-        """A character was begun and does not go on."""
-        self._begun, self._is_broken = b"", True
-        self._move()
-        return BROKEN * self._num_owed
-
-    def _read(self, token_id: int, may_wait: bool) -> str:
-        self.pending.append(token_id)
-        whole = self._decode(self._context + self.pending)
-        is_open = may_wait and whole.endswith(BROKEN)
-        if (is_open and len(self.pending) < 8) or len(whole) <= len(self._prefix):
-            return ""
-        piece = whole[len(self._prefix) :] if whole.startswith(self._prefix) else self._decode(self.pending)
-        if not is_open:
-            self._move()
-            return piece
-        # A character has at most four bytes: only the last U+FFFD may yet become one, and four tokens tell which.
-        self.pending = self.pending[-4:]
-        self._move()
-        self._prefix = self._prefix[:-1]
-        return piece[:-1]
-
-    def _move(self) -> None:
-        self._context, self.pending = self.pending, []
-        self._prefix = self._decode(self._context)
-
-    def _decode(self, token_ids: list[int]) -> str:
-        return self.backend.decode(token_ids, skip_special_tokens=self.skip_special_tokens)
 
 
 class Detokenizer:
@@ -122,9 +23,8 @@ class Detokenizer:
         self.text = ""
         self.stopped_by: str | None = None
         self.num_tokens = 0  # that `follow` has read
-        backend = self.tokenizer._tokenizer
-        make = ByteLevelStream if isinstance(backend.decoder, ByteLevel) else WindowStream
-        self._stream = make(backend, self.params.skip_special_tokens)
+        self._pending: list[int] = []  # ids read since the last piece
+        self._stream = DecodeStream(skip_special_tokens=self.params.skip_special_tokens)
 
     def follow(self, token_ids: list[int], begin: int) -> bool:
         """Read what is new in `token_ids`, whose completion begins at `begin`; whether a stop string is complete."""
@@ -135,11 +35,14 @@ class Detokenizer:
         return False
 
     def _append(self, token_id: int) -> bool:
-        if self._is_passed_over(token_id):
+        # A stream decodes all ids since its last piece again, which would be ever more of what shows nothing.
+        if self._pending and self._is_passed_over(token_id):
             return False
-        piece = self._stream.step(token_id)
+        self._pending.append(token_id)
+        piece = self._step(token_id)
         if not piece:
             return False
+        self._pending.clear()
         start = len(self.text)
         self.text += piece
         return self.num_tokens >= self.params.min_tokens and self._find_stop(start)
@@ -147,9 +50,21 @@ class Detokenizer:
     def _is_passed_over(self, token_id: int) -> bool:
         """Whether one-shot decoding leaves it out: a special token, or an id that the tokenizer does not know."""
         backend = self.tokenizer._tokenizer
-        if backend.decode([token_id], skip_special_tokens=self.params.skip_special_tokens):
+        if backend.id_to_token(token_id) is None:
+            return True
+        if not self.params.skip_special_tokens or backend.decode([token_id], skip_special_tokens=True):
             return False
-        return backend.id_to_token(token_id) is None or backend.decode([token_id], skip_special_tokens=False) != ""
+        return backend.decode([token_id], skip_special_tokens=False) != ""
+
+    def _step(self, token_id: int) -> str | None:
+        try:
+            return self._stream.step(self.tokenizer._tokenizer, token_id)
+        except Exception:
+            # Where characters are made of byte tokens (Llama 2), an invalid byte turns those before it, which have
+            # been given out, into U+FFFD. They stay what they were; a new stream begins with this token.
+            self._stream = DecodeStream(skip_special_tokens=self.params.skip_special_tokens)
+            self._stream.step(self.tokenizer._tokenizer, token_id)
+            return decode(self.tokenizer, self._pending, self.params)
 
     def _find_stop(self, start: int) -> bool:
         """Look for the stop string that ends first among those that end after `start`."""
@@ -171,7 +86,7 @@ class Detokenizer:
             if whole.startswith(self.text):
                 self.text = whole
             else:
-                self.text += decode(self.tokenizer, self._stream.pending, self.params)
+                self.text += decode(self.tokenizer, self._pending, self.params)
         self.held_back = 0
 
     def take(self) -> str:
@@ -185,7 +100,7 @@ def full_text(tokenizer: Any, token_ids: list[int], params: SamplingParams) -> s
     """The text of a completion that nobody followed; the same that a stream adds up to."""
     text = decode(tokenizer, token_ids, params)
     # Only after a broken character can the two differ, and not where a text is all tokens' bytes, one after another.
-    if BROKEN in text and not isinstance(tokenizer._tokenizer.decoder, ByteLevel):
+    if "\ufffd" in text and not isinstance(tokenizer._tokenizer.decoder, ByteLevel):
         detokenizer = Detokenizer(tokenizer, params)
         detokenizer.follow(token_ids, 0)
         detokenizer.finish(token_ids)
