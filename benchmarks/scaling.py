@@ -34,7 +34,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--workload", nargs="+", default=["bs1", "bench"], help="of bench.py (default: bs1 bench)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="output tokens/s by number of ranks, as a picture")
     args, others = parser.parse_known_args(argv)
-    ranks = args.ranks or [2**i for i in range(10) if 2**i <= max(1, torch.cuda.device_count())]
+    for option in ("--compare", "--profile", "--host-profile", "--engine"):
+        if any(other.split("=")[0] == option for other in others):
+            parser.error(f"{option} is for bench.py by itself")
+    ranks = sorted(set(args.ranks or [2**i for i in range(10) if 2**i <= max(1, torch.cuda.device_count())]))
     reports = []
     for model in args.model:
         for size in ranks:

@@ -143,6 +143,7 @@ class AsyncLLM:
         asked for, the checks included: then it raises TypeError or ValueError for bad arguments, RuntimeError if the
         engine is closed.
         """
+        self.llm._check_not_forked()  # where the thread is not
         requests = self.llm.input_processor.make_requests(prompts, sampling_params)
         stream = _Stream(requests, asyncio.get_running_loop(), Call(changed=self._thread.changed))
         if not requests:

@@ -60,8 +60,8 @@ class Config:
         seed: requests that bring no seed draw theirs from it. Default 0.
         deterministic: a request's tokens and log probabilities are bitwise the same whatever runs beside it and
             whatever is cached, on the same hardware and versions; on one rank (docs/deterministic.md). Default False.
-        worker_timeout_s: a rank that shows no sign of life for so long is given up, and with it the engine. Default 8,
-            so that the call in progress has raised within 10 s.
+        worker_timeout_s: a rank that shows no sign of life for so long, or stays at one place of a step that rank 0 has
+            passed, is given up, and with it the engine. Default 8, so that the call in progress has raised within 10 s.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range.

@@ -993,20 +993,43 @@ def test_ctrl_c_while_an_engine_closes(qwen3, num_ranks):
             llm.generate([[1]])
 
 
-def test_a_fork_cannot_use_the_engine(qwen3):
-    """Its threads are not there, so that it would wait for them for ever."""
-    llm = qwen3.llm()
+@pytest.mark.parametrize("use", ["generate", "step", "stream", "AsyncLLM"])
+def test_a_fork_cannot_use_the_engine(qwen3, use):
+    """Its threads are not there, so that it would wait for them for ever; nor is who holds the lock."""
+    engine = AsyncLLM(str(qwen3.path), **SMALL)
+    llm = engine.llm
     run(llm, [[1, 2]], greedy(3))
     reader, writer = os.pipe()
+    held, done = threading.Event(), threading.Event()
+    thread = threading.Thread(target=lambda: llm._lock.hold(lambda: held.set() or done.wait()))
+    thread.start()
+    held.wait()
+
+    async def generate() -> None:
+        async for _ in engine.generate([1, 2], greedy(3)):
+            pass
+
     child = os.fork()
     if child == 0:
+        uses = {
+            "generate": lambda: llm.generate([[1, 2]], greedy(3), use_tqdm=False),
+            "step": llm.step,
+            "stream": lambda: list(llm.stream([[1, 2]], greedy(3))),
+            "AsyncLLM": lambda: asyncio.run(generate()),
+        }
         try:
-            llm.generate([[1, 2]], greedy(3), use_tqdm=False)
-        except EngineDeadError as error:
-            os.write(writer, str(error).encode())
+            uses[use]()
+        except BaseException as error:
+            os.write(writer, f"{type(error).__name__}: {error}".encode())
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
-    assert f"belongs to process {os.getpid()}, of which this one is a fork" in os.read(reader, 1000).decode()
+    done.set()
+    thread.join()
+    told = os.read(reader, 1000).decode()
+    assert told.startswith(
+        f"EngineDeadError: this engine belongs to process {os.getpid()}, of which this one is a fork"
+    )
     for fd in (reader, writer):
         os.close(fd)
     assert_matches(qwen3, [[1, 2]], run(llm, [[1, 2]], greedy(3)), 3)
+    engine.close()

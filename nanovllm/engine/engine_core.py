@@ -130,6 +130,7 @@ class EngineCore:
 
     def _exclusive(self, work: Callable[[], T]) -> T:
         """`work()`, alone with the state of the requests."""
+        self._check_not_forked()  # first: the lock and the device are of no use there
         self._check_not_in_step()
         return self._lock.hold(lambda: self._in_order(work))
 
@@ -297,6 +298,8 @@ class EngineCore:
     def _close(self) -> None:
         self._finalizer()
         self.model_runner.exit()  # once more if Ctrl-C cut that short: a finalizer is called but once
+        self._in_flight.clear()  # and with what is left of requests, what they have on the device
+        self.scheduler.reset(())
 
     def _is_in_step(self) -> bool:
         """Whether this thread is inside `_step`, as a user's callable is.
@@ -315,11 +318,14 @@ class EngineCore:
                 "nothing else of it"
             )
 
-    def _check_alive(self) -> None:
-        if os.getpid() != self._pid:  # threads, ranks and the device's context stay behind
+    def _check_not_forked(self) -> None:
+        """Threads, ranks and the device's context are not there in a fork."""
+        if os.getpid() != self._pid:
             raise EngineDeadError(
                 f"this engine belongs to process {self._pid}, of which this one is a fork: make another LLM here"
             )
+
+    def _check_alive(self) -> None:
         if not self._finalizer.alive:
             raise RuntimeError("this engine has been closed: make another LLM")
         if self._death is not None:

@@ -311,9 +311,9 @@ class ModelRunner:
         """Give back processes and the device's memory; harmless when repeated, also where Ctrl-C cut it short."""
         if self.is_closed:
             return
-        graphs, self.graphs = self.graphs, None
-        if graphs is not None:
-            graphs.clear()  # before the communicator, whose end waits for that of the graphs that use it
+        if self.graphs is not None:
+            self.graphs.clear()  # before the communicator, whose end waits for that of the graphs that use it
+            self.graphs = None
         try:
             if self.workers is not None:
                 # Before the rest: to free memory is to wait for kernels, and these may be waiting for a lost rank.

@@ -37,20 +37,21 @@ def create_memory(size_bytes: int) -> int:
 
 
 class StepChannel:
-    """A ring of steps, and three counters of each rank: heartbeats, steps taken up, and how far in them it is."""
+    """A ring of steps, and of each rank: heartbeats, steps taken up, how far in them it is, seconds it has computed."""
 
     def __init__(self, num_ranks: int, max_step_size: int, fd: int | None = None):
         """max_step_size: in integers of 8 bytes; fd: the memory that rank 0 has made, else this is rank 0."""
         self.num_ranks = num_ranks
         self.slot_size = HEADER + max_step_size
-        num_integers = 3 * num_ranks + NUM_SLOTS * self.slot_size
+        num_integers = 4 * num_ranks + NUM_SLOTS * self.slot_size
         self.fd = create_memory(8 * num_integers) if fd is None else fd
         self._mmap = mmap.mmap(self.fd, 8 * num_integers)
         integers = np.frombuffer(self._mmap, dtype=np.int64)
         self.heartbeats = integers[:num_ranks]
         self.num_done = integers[num_ranks : 2 * num_ranks]
         self.progress = integers[2 * num_ranks : 3 * num_ranks]  # see TensorParallel
-        self.slots = integers[3 * num_ranks :].reshape(NUM_SLOTS, self.slot_size)
+        self.busy_s = integers[3 * num_ranks : 4 * num_ranks]
+        self.slots = integers[4 * num_ranks :].reshape(NUM_SLOTS, self.slot_size)
         self.num_sent = self.num_received = 0
 
     def has_room(self) -> bool:

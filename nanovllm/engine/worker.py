@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 
@@ -78,6 +79,7 @@ def live(channel: StepChannel, rank: int, lifeline: int, parent: int, directory:
     # A fork of rank 0's process keeps the other end of the lifeline open.
     while not readable([lifeline]) and os.getppid() == parent:
         channel.heartbeats[rank] += 1
+        channel.busy_s[rank] = int(time.process_time())
     shutil.rmtree(directory, ignore_errors=True)
     os._exit(1)
 

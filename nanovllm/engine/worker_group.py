@@ -78,7 +78,7 @@ class WorkerGroup:
             self.boot["unique_id"] = make_unique_id().hex()
         else:
             self.boot["num_threads"] = self._held.enter_context(shared_cores(self.size))
-        boot = json.dumps(self.boot, default=lambda number: number.item())  # numpy's are as good as Python's
+        boot = json.dumps(self.boot)
         lifeline, ours = os.pipe()
         self._held.callback(os.close, ours)
         with open(lifeline, "rb"):
@@ -209,7 +209,7 @@ class WorkerGroup:
             self.fail(f"rank 0 cannot watch over the others: {type(error).__name__}: {error}")
 
     def _watch_until_lost(self) -> None:
-        marks: dict[int, tuple[str, int]] = {}
+        marks: dict[int, tuple[int, int]] = {}
         num_polls: dict[int, int] = {}  # since the mark changed. No clock: it runs on while all processes are frozen
         while not self._closed and self.failure is None:
             ready = readable([sock.fileno() for sock in self.sockets])
@@ -224,10 +224,12 @@ class WorkerGroup:
                     self.progress[rank] = STATES.index(answer["state"])
                 if self.progress[rank] < STATES.index("loaded"):
                     continue  # a driver that starts, or a slow disk, may stop all threads for long
-                # All ranks do the same, one thing after another: who stays behind rank 0 hangs, whatever lives in it.
-                own, others = int(self.channel.progress[rank]), int(self.channel.progress[0])
-                is_behind = self.channel.num_sent > 0 and own < others
-                mark = ("step", own) if is_behind else ("beat", int(self.channel.heartbeats[rank]))
+                # All ranks do the same, one thing after another: who stays behind rank 0 hangs, whatever lives in it;
+                # but a CPU may only be slow.
+                own = int(self.channel.progress[rank])
+                is_behind = self.channel.num_sent > 0 and own < int(self.channel.progress[0])
+                busy_s = int(self.channel.busy_s[rank]) if self.device.type == "cpu" else 0
+                mark = (own, busy_s) if is_behind else (-1, int(self.channel.heartbeats[rank]))
                 if marks.get(rank) != mark:
                     marks[rank], num_polls[rank] = mark, 0
                 num_polls[rank] += 1
