@@ -292,8 +292,9 @@ class EngineCore:
 
     def exit(self) -> None:
         """Give back memory and processes; harmless when repeated. The engine cannot be used afterwards."""
-        self._check_not_in_step()
-        self._lock.hold(self._close)  # not in the middle of another thread's step
+        if os.getpid() == self._pid:  # in a fork there is nothing to give back
+            self._check_not_in_step()
+            self._lock.hold(self._close)  # not in the middle of another thread's step
 
     def _close(self) -> None:
         self._finalizer()
