@@ -17,6 +17,7 @@ import math
 import random
 import tempfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -27,6 +28,7 @@ from benchmarks.machine import device_name, git_commit, versions
 from nanovllm import LLM, SamplingParams
 
 ROUND = 40  # requests
+TIE = 1e-4  # of a logit: what rounding may decide
 MAX_GROWTH_BYTES = 16 * 2**20  # of resident memory, from the second third of the rounds to the last: the allocator's
 
 
@@ -89,7 +91,7 @@ class Soak:
     def __init__(self, llm: LLM, traffic: Traffic, seed: int):
         self.llm, self.traffic, self.rng = llm, traffic, random.Random(seed)
         self.partial: set[int] = set()  # requests of this round that were ended early
-        self.counts = dict.fromkeys(("requests", "tokens", "aborted", "left", "interrupted", "broken"), 0)
+        self.counts = dict.fromkeys(("requests", "tokens", "aborted", "left", "interrupted", "broken", "ties"), 0)
 
     def round(self, numbers: list[int]) -> dict[int, list[list[int]]]:
         """Token ids by request; of aborted ones as far as they came, of interrupted ones nothing."""
@@ -204,10 +206,34 @@ class Soak:
         assert sorted(llm.scheduler._free_rows) == list(range(llm.config.max_num_seqs))
 
 
-def alone(llm: LLM, prompt: dict[str, Any], params: SamplingParams) -> list[list[int]]:
-    llm.reset_prefix_cache()
-    (output,) = llm.generate(prompt, params, use_tqdm=False)
-    return [completion.token_ids for completion in output.outputs]
+def alone(
+    llm: LLM, prompt: dict[str, Any], params: SamplingParams, expected: list[list[int]], is_partial: bool
+) -> tuple[list[list[int]], int]:
+    """What the request gets by itself, of a partial one as much as `expected` has of it; and how many ties it took.
+
+    Sums in another order differ in their last bit, which decides between two tokens whose scores agree up to that: one
+    draw in some hundred thousand. So where the tokens first differ those expected get TIE more, which must be enough.
+    """
+    nudges: dict[tuple[int, ...], int] = {}
+
+    def nudge(ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        token_id = nudges.get(tuple(ids))
+        return logits if token_id is None else logits.index_add(0, torch.tensor([token_id]), torch.tensor([TIE]))
+
+    while True:
+        llm.reset_prefix_cache()
+        nudged = replace(params, logits_processors=[nudge] if nudges else None)
+        (output,) = llm.generate(prompt, nudged, use_tqdm=False)
+        answers = [completion.token_ids for completion in output.outputs]
+        if is_partial:
+            answers = [answer[: len(tokens)] for answer, tokens in zip(answers, expected, strict=True)]
+        num_nudges = len(nudges)
+        for answer, tokens in zip(answers, expected, strict=True):
+            k = next((k for k, (a, b) in enumerate(zip(answer, tokens)) if a != b), None)
+            if k is not None:
+                nudges.setdefault(tuple(tokens[:k]), tokens[k])
+        if len(nudges) == num_nudges or num_nudges == 3:
+            return answers, num_nudges
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -246,9 +272,8 @@ def soak(llm: LLM, reference: LLM, args: argparse.Namespace) -> dict[str, Any]:
         found = work.round(list(range(first, first + ROUND)))
         first += ROUND
         for i, completions in sorted(found.items()) if is_compared else ():
-            answers = alone(reference, *traffic.request(i))
-            if i in work.partial:
-                answers = [answer[: len(tokens)] for answer, tokens in zip(answers, completions, strict=True)]
+            answers, num_ties = alone(reference, *traffic.request(i), completions, i in work.partial)
+            work.counts["ties"] += num_ties
             assert completions == answers, f"request {i} of seed {args.seed}: {completions}, alone {answers}"
             digest.update(json.dumps([i, completions]).encode())
             expected.update(json.dumps([i, answers]).encode())
