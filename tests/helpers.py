@@ -458,6 +458,16 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+def resident_share(tensor: torch.Tensor) -> float:
+    """Of the pages of a tensor in RAM those that are there, since somebody has touched them."""
+    page = resource.getpagesize()
+    begin = tensor.data_ptr() // page * page
+    num_pages = -(-(tensor.data_ptr() + tensor.nbytes - begin) // page)
+    pages = (ctypes.c_ubyte * num_pages)()
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(begin), ctypes.c_size_t(num_pages * page), pages) == 0
+    return sum(here & 1 for here in pages) / num_pages
+
+
 def wait_until(condition: Callable[[], Any]) -> None:
     """For what another thread or process is about to do, and cannot tell."""
     deadline = time.monotonic() + HANGING_S
