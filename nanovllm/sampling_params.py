@@ -8,6 +8,7 @@ from typing import Any
 from nanovllm.utils.validation import WrongTypeError, check_bool, check_field, check_float, check_int, strict_kwargs
 
 MAX_LOGPROBS = 20  # vLLM's default cap
+NOTHING_LEFT = -2  # in place of a token id: what a request's own parameters ask for excludes every token
 MAX_FACTOR = 1e6  # of what logits are multiplied or divided by: far below where float32 overflows
 
 

@@ -1,6 +1,5 @@
 """bench.py: the workload is upstream's to the token, the floor is what its docstring says, every mode runs."""
 
-import importlib.util
 import json
 import random
 import re
@@ -97,7 +96,6 @@ def test_profile_writes_a_trace(run, tmp_path, output_len):
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
 def test_plot(run, tmp_path):
     report, _ = run("--plot", str(tmp_path / "plot.png"), "--num-seqs", "4", "--output-len", "3", "--input-len", "4",
                     "--repeats", "1")  # fmt: skip
@@ -105,7 +103,6 @@ def test_plot(run, tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
 def test_scaling(qwen3, tmp_path):
     """Real runs of bench.py, on one rank and on two."""
     sizes = ["--num-seqs", "3", "--input-len", "4", "--output-len", "3", "--repeats", "1", "--num-kvcache-blocks", "64"]

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import DecodingSequences, Sequence, SequenceStatus
+from nanovllm.sampling_params import NOTHING_LEFT
 
 FINISHED = SequenceStatus.FINISHED
-NOTHING_LEFT = -2  # in place of a token id, as layers/sampler.py has it
 
 
 class Scheduler:

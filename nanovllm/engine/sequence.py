@@ -9,7 +9,7 @@ from functools import cached_property
 from itertools import count
 from typing import Any
 
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import NOTHING_LEFT, SamplingParams
 
 
 class SequenceStatus(Enum):
@@ -220,7 +220,7 @@ class DecodingSequences(list[Sequence]):
     @cached_property
     def ending_ids(self) -> frozenset[int]:
         """The token ids that end one of them, and what stands for an id where none could be drawn."""
-        return frozenset([-1, -2]).union(*{seq.stop_ids for seq in self})
+        return frozenset([-1, NOTHING_LEFT]).union(*{seq.stop_ids for seq in self})
 
     @cached_property
     def watched(self) -> list[Sequence]:

@@ -46,7 +46,7 @@ class WorkerGroup:
         self.communicator: Communicator | None = None
         self.sockets: list[socket.socket] = []
         self.processes: list[subprocess.Popen] = []
-        self.progress = [0] * self.size  # which of STATES each rank has reached
+        self.states = [0] * self.size  # which of STATES each rank has reached
         self._watcher: threading.Thread | None = None
         self._closed = False
         self._lock = threading.RLock()  # the garbage collector may call `stop` within `fail`
@@ -137,7 +137,7 @@ class WorkerGroup:
 
     def wait_for(self, state: str) -> None:
         """Until every worker has said that it is that far; EngineDeadError if one is lost before."""
-        while min(self.progress[1:]) < STATES.index(state):
+        while min(self.states[1:]) < STATES.index(state):
             self.check()
             time.sleep(POLL_S / 10)
 
@@ -221,8 +221,8 @@ class WorkerGroup:
                     if "state" not in answer:
                         self.fail(self._describe(rank, answer))
                         return
-                    self.progress[rank] = STATES.index(answer["state"])
-                if self.progress[rank] < STATES.index("loaded"):
+                    self.states[rank] = STATES.index(answer["state"])
+                if self.states[rank] < STATES.index("loaded"):
                     continue  # a driver that starts, or a slow disk, may stop all threads for long
                 # All ranks do the same, one thing after another: who stays behind rank 0 hangs, whatever lives in it;
                 # but a CPU may only be slow.
@@ -270,7 +270,7 @@ class WorkerGroup:
             self._held.close()
 
     def _end_kindly(self) -> None:
-        if self.failure is not None or min(self.progress[1:]) < STATES.index("started"):
+        if self.failure is not None or min(self.states[1:]) < STATES.index("started"):
             return
         if self.channel.num_sent > self.channel.num_done[1:].min():
             return

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanovllm.kernels.sampling import GREEDY_BELOW, gumbel_argmax
+from nanovllm.sampling_params import NOTHING_LEFT
 
 NEG_INF = float("-inf")
-NOTHING_LEFT = -2  # in place of a token id: what the row itself asks for excludes every token; the scheduler knows it
 
 
 @dataclass(slots=True)
