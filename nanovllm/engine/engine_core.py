@@ -16,14 +16,13 @@ from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.fair_lock import FairLock
 from nanovllm.engine.faults import diagnosed, release_memory
-from nanovllm.engine.input_processor import InputProcessor, Prompt, load_tokenizer
+from nanovllm.engine.input_processor import InputProcessor, load_tokenizer
 from nanovllm.engine.model_runner import ModelRunner, PendingTokens
 from nanovllm.engine.request import Call, Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import DecodingSequences, Sequence, watched
 from nanovllm.errors import EngineDeadError
 from nanovllm.models import check_checkpoint
-from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.validation import check_int
 
 logger = logging.getLogger("nanovllm")
@@ -64,7 +63,6 @@ class EngineCore:
         self._in_flight: deque[tuple[list[Sequence], abc.Sequence[Sequence | None], PendingTokens]] = deque()
         self._pid = os.getpid()
         self._requests: dict[int, Request] = {}  # every unfinished request
-        self._step_call = Call()  # of the requests that `add_request` queued and `step` reports
         self._death: EngineDeadError | None = None
         self._interrupted = False  # whoever changed the state above did not get to the end
         self._dropped: deque[Request] = deque()  # nobody waits for them any more; the next recovery takes them out
@@ -75,47 +73,6 @@ class EngineCore:
             config.hf_config.architectures[0], config.device, str(config.dtype).removeprefix("torch."),
             config.attention_backend, num_blocks, num_blocks * block_size, perf_counter() - start,
         )  # fmt: skip
-
-    __init__.__qualname__ = "LLM.__init__"  # as Python's own errors call it
-
-    # ---- one request, one step ----
-
-    def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
-        """Queue one prompt (text or token ids) and return its request id, under which `step` will report it.
-
-        Raises TypeError or ValueError for a prompt or parameters that cannot be served.
-        """
-        if sampling_params is None:
-            sampling_params = self.input_processor.default_params
-        request = self.input_processor.make_request(prompt, sampling_params)
-        self._enqueue([request], self._step_call)
-        return request.request_id
-
-    def step(self) -> tuple[list[tuple[int, list[int]]], int]:
-        """Schedule a batch, launch it, and take in the tokens of the step before.
-
-        Returns the finished requests as (request id, token ids), one for each completion, and the number of tokens
-        computed. Raises what a request's `logits_processors` raised; that request has ended then. If Ctrl-C interrupts
-        this, the next call reports what this one would have, unless it strikes in the very moment of the return.
-        """
-        taken: dict[int, Request] = {}
-
-        def advance() -> tuple[int, Exception | None]:
-            num_tokens = self._step() if self._requests else 0
-            return num_tokens, self._step_call.take_finished(taken)
-
-        try:
-            num_tokens, error = self._exclusive(advance)
-            if error is None:
-                return [(i, seq.completion_token_ids) for i, req in taken.items() for seq in req.seqs], num_tokens
-        except BaseException:
-            self._step_call.finished.update(taken)
-            raise
-        raise error
-
-    def is_finished(self) -> bool:
-        """Whether every request is done and reported."""
-        return not self._requests and not self._step_call.finished
 
     def abort(self, request_id: int) -> None:
         """End a request now, with what it has and `finish_reason` "abort"; harmless if it is finished or unknown.

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
+import transformers
 
 from nanovllm.config import Config
 from nanovllm.engine.request import Request
@@ -259,7 +259,8 @@ def flatten_content(message: dict[str, Any]) -> dict[str, Any]:
 def load_tokenizer(path: str) -> Any:
     """Raises ValueError if there is none, or it cannot be read."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        # Named here, since transformers imports it, for seconds in some versions, when it is named: workers never do.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of many kinds, few of which name the file
         raise ValueError(f"the tokenizer of {path} cannot be loaded: {error}") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up where there are no files

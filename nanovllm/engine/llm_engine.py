@@ -23,6 +23,12 @@ class LLMEngine(EngineCore):
     Threads may share it: each gets its own results.
     """
 
+    def __init__(self, model: str, **kwargs: Any):
+        super().__init__(model, **kwargs)
+        self._step_call = Call()  # of the requests that `add_request` queued and `step` reports
+
+    __init__.__qualname__ = "LLM.__init__"  # as Python's own errors call it
+
     def generate(
         self,
         prompts: Prompt | abc.Sequence[Prompt],
@@ -162,6 +168,45 @@ class LLMEngine(EngineCore):
         finally:
             progress.close()
         return [outputs[request.request_id] for request in requests]
+
+    # ---- one request, one step ----
+
+    def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
+        """Queue one prompt (text or token ids) and return its request id, under which `step` will report it.
+
+        Raises TypeError or ValueError for a prompt or parameters that cannot be served.
+        """
+        if sampling_params is None:
+            sampling_params = self.input_processor.default_params
+        request = self.input_processor.make_request(prompt, sampling_params)
+        self._enqueue([request], self._step_call)
+        return request.request_id
+
+    def step(self) -> tuple[list[tuple[int, list[int]]], int]:
+        """Schedule a batch, launch it, and take in the tokens of the step before.
+
+        Returns the finished requests as (request id, token ids), one for each completion, and the number of tokens
+        computed. Raises what a request's `logits_processors` raised; that request has ended then. If Ctrl-C interrupts
+        this, the next call reports what this one would have, unless it strikes in the very moment of the return.
+        """
+        taken: dict[int, Request] = {}
+
+        def advance() -> tuple[int, Exception | None]:
+            num_tokens = self._step() if self._requests else 0
+            return num_tokens, self._step_call.take_finished(taken)
+
+        try:
+            num_tokens, error = self._exclusive(advance)
+            if error is None:
+                return [(i, seq.completion_token_ids) for i, req in taken.items() for seq in req.seqs], num_tokens
+        except BaseException:
+            self._step_call.finished.update(taken)
+            raise
+        raise error
+
+    def is_finished(self) -> bool:
+        """Whether every request is done and reported."""
+        return not self._requests and not self._step_call.finished
 
     # ---- everything else ----
 
