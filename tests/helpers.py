@@ -499,8 +499,8 @@ class Recorder(nn.Module):
         self.top_ids = torch.full((num_requests + 1, max_len, 5), -1, dtype=torch.int64, device=device)
         self.num_records = torch.zeros(num_requests + 1, max_len, dtype=torch.int64, device=device)
 
-    def forward(self, logits, temperatures, seeds, positions, adjustments=None):
-        assert adjustments is None
+    def forward(self, logits, temperatures, seeds, positions, adjustments=()):
+        assert not adjustments
         logprobs = logits.float().log_softmax(-1)
         if self.forcing:
             tokens = self.forced[seeds, positions]

@@ -279,8 +279,7 @@ def test_adjusted_logits_equal_the_cpus_over_a_large_vocabulary():
     for device in (torch.device("cpu"), DEVICE):
         counts = TokenCounts(16, vocab_size, device)
         for _ in range(2):  # from scratch, and with what is there already
-            adjustments = prepare_sample(seqs, counts)
-            assert adjustments is not None
+            (adjustments,) = prepare_sample(seqs, counts)
             adjusted.append(adjust_logits(logits.to(device, copy=True), adjustments).cpu())
     assert torch.equal(adjusted[0], adjusted[1])
     assert torch.equal(adjusted[2], adjusted[3])

@@ -26,6 +26,7 @@ from nanovllm.engine.adjustments import prepare_sample
 from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.token_counts import TokenCounts
+from nanovllm.layers import sampler
 from nanovllm.layers.sampler import LogitsAdjustments, Sampler, adjust_logits
 
 CPU = torch.device("cpu")
@@ -59,7 +60,7 @@ def make_seq(params, prompt=PROMPT, output=OUTPUT, bad_words_ids=(), stop_ids=()
     return seq
 
 
-def prepared(seqs: list[Sequence], vocab_size: int) -> LogitsAdjustments | None:
+def prepared(seqs: list[Sequence], vocab_size: int) -> list[LogitsAdjustments]:
     """As the first step of an engine would; a sequence may be there several times."""
     seqs_of_rows = list({id(seq): seq for seq in seqs}.values())
     for row, seq in enumerate(seqs_of_rows):
@@ -69,7 +70,7 @@ def prepared(seqs: list[Sequence], vocab_size: int) -> LogitsAdjustments | None:
 
 def ours(logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
     """logits [B, vocab] -> the probabilities that the sampler draws from, for rows that all ask for something."""
-    adjustments = prepared(seqs, logits.shape[1])
+    (adjustments,) = prepared(seqs, logits.shape[1])
     assert adjustments is not None
     assert adjustments.rows.tolist() == list(range(len(seqs)))
     return (adjust_logits(logits.clone(), adjustments) / adjustments.temperatures[:, None]).softmax(-1)
@@ -392,7 +393,7 @@ def test_draws_over_a_large_vocabulary_stay_in_the_support(fields):
     adjustments = prepared(seqs, vocab_size)
     temperatures, positions = torch.full((num_rows,), params.temperature), torch.full((num_rows,), 10)
     # What the filters leave of the same logits is the same each time, and to sort them 50 times would be all the work.
-    filtered, drawn = adjust_logits(logits.clone(), adjustments), set()
+    filtered, drawn = adjust_logits(logits.clone(), adjustments[0]), set()
     for i in range(50):
         seeds = torch.arange(num_rows) + i * num_rows
         tokens = Sampler()(filtered, temperatures, seeds, positions)
@@ -405,10 +406,11 @@ def test_draws_over_a_large_vocabulary_stay_in_the_support(fields):
 
 def test_rows_that_ask_for_nothing_pay_nothing(monkeypatch):
     plain, asking = make_seq(SamplingParams()), make_seq(SamplingParams(top_k=3))
-    assert prepared([plain, plain], NUM_TOKENS) is None
+    assert prepared([plain, plain], NUM_TOKENS) == []
     adjustments = prepared([plain, asking, plain], NUM_TOKENS)
-    assert adjustments.rows.tolist() == [1]
-    assert adjustments.top_p is adjustments.min_p is adjustments.allowed is adjustments.penalties is None
+    (part,) = adjustments
+    assert part.rows.tolist() == [1]
+    assert part.top_p is part.min_p is part.allowed is part.penalties is None
     # The sampler changes the asking row alone, and not in place.
     logits = random_logits(3, NUM_TOKENS, 2)
     before, numbers = logits.clone(), torch.arange(3)
@@ -417,12 +419,12 @@ def test_rows_that_ask_for_nothing_pay_nothing(monkeypatch):
     assert tokens[::2].tolist() == Sampler()(logits, torch.ones(3), numbers, numbers)[::2].tolist()
     # In the middle of a prompt nothing is drawn.
     asking.num_scheduled_tokens, asking.num_cached_tokens = 2, 0
-    assert prepared([asking], NUM_TOKENS) is None
+    assert prepared([asking], NUM_TOKENS) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("asking", [[0], [1, 4, 5], list(range(8))], ids=str)
-def test_rows_that_ask_are_drawn_as_if_all_were_one_batch(dtype, asking):
+def test_rows_that_ask_are_drawn_as_if_all_were_one_batch(dtype, asking, monkeypatch):
     """In float32, whatever the model's dtype: what a penalty makes of a logit is not rounded to that."""
     params = SamplingParams(temperature=0.8, repetition_penalty=1.37, top_p=0.95)
     seqs = [make_seq(params if row in asking else SamplingParams(temperature=0.8)) for row in range(8)]
@@ -430,10 +432,15 @@ def test_rows_that_ask_are_drawn_as_if_all_were_one_batch(dtype, asking):
     logits[5, 3] = math.nan
     adjustments = prepared(seqs, NUM_TOKENS)
     whole = logits.float()
-    whole[asking] = adjust_logits(whole[asking], adjustments)
+    whole[asking] = adjust_logits(whole[asking], adjustments[0])
     expected = Sampler()(whole, temperatures, numbers, numbers)
     assert expected[5] == -1
     assert Sampler()(logits, temperatures, numbers, numbers, adjustments).tolist() == expected.tolist()
+    # So they are where not all that ask are adjusted at once.
+    monkeypatch.setattr(sampler, "NUM_ADJUSTED_AT_ONCE", 2 * NUM_TOKENS)
+    parts = prepared(seqs, NUM_TOKENS)
+    assert [len(part.rows) for part in parts] == [len(asking[i : i + 2]) for i in range(0, len(asking), 2)]
+    assert Sampler()(logits, temperatures, numbers, numbers, parts).tolist() == expected.tolist()
 
 
 def test_a_plain_batch_takes_the_plain_path(qwen3):

@@ -10,12 +10,12 @@ import torch
 from nanovllm.engine.batch import to_device
 from nanovllm.engine.sequence import DecodingSequences, Sequence
 from nanovllm.engine.token_counts import TokenCounts
-from nanovllm.layers.sampler import LogitsAdjustments
+from nanovllm.layers.sampler import LogitsAdjustments, rows_at_once
 
 
 @dataclass(slots=True)
 class Asking:
-    """The `n` rows of a step that ask for more than a temperature, and what of that is the same at every token."""
+    """`n` rows of a step that ask for more than a temperature, and what of that is the same at every token."""
 
     seqs: list[Sequence]  # [n]
     adjustments: LogitsAdjustments
@@ -24,14 +24,16 @@ class Asking:
     penalized: list[Sequence]
 
 
-def prepare_sample(seqs: list[Sequence], token_counts: TokenCounts) -> LogitsAdjustments | None:
-    """What the rows that ask for more than a temperature need; None if none does."""
-    known = seqs.asking if isinstance(seqs, DecodingSequences) else None
-    asking: Asking = known or find_asking(seqs, token_counts.vocab_size, token_counts.device)
+def prepare_sample(seqs: list[Sequence], token_counts: TokenCounts) -> list[LogitsAdjustments]:
+    """What the rows that ask for more than a temperature need, in parts that are adjusted one after the other."""
+    known: list[Asking] | None = seqs.asking if isinstance(seqs, DecodingSequences) else None
+    parts = known if known is not None else find_asking(seqs, token_counts.vocab_size, token_counts.device)
     if isinstance(seqs, DecodingSequences):
-        seqs.asking = asking
-    if not asking.seqs:
-        return None
+        seqs.asking = parts
+    return [adjust(part, token_counts) for part in parts]
+
+
+def adjust(asking: Asking, token_counts: TokenCounts) -> LogitsAdjustments:
     device = token_counts.device
     adjustments = replace(asking.adjustments)
     if asking.grammars:
@@ -49,14 +51,19 @@ def prepare_sample(seqs: list[Sequence], token_counts: TokenCounts) -> LogitsAdj
     return adjustments
 
 
-def find_asking(seqs: list[Sequence], vocab_size: int, device: torch.device) -> Asking:
+def find_asking(seqs: list[Sequence], vocab_size: int, device: torch.device) -> list[Asking]:
     rows = [
         row
         for row, seq in enumerate(seqs)
         # In the middle of a prompt nothing is drawn, and users' callables expect to be asked once a token.
         if seq.sampling_params.adjusts_logits and seq.num_cached_tokens + seq.num_scheduled_tokens == seq.num_tokens
     ]
-    own = [seqs[row] for row in rows]
+    size = rows_at_once(vocab_size)
+    parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+    return [asking_of(part, [seqs[row] for row in part], vocab_size, device) for part in parts]
+
+
+def asking_of(rows: list[int], own: list[Sequence], vocab_size: int, device: torch.device) -> Asking:
     params = [seq.sampling_params for seq in own]
     adjustments = LogitsAdjustments(
         rows=column(rows, np.int64, device),

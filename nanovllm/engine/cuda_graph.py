@@ -35,6 +35,9 @@ class DecodeGraphs:
     def __init__(self, runner: "ModelRunner", max_num_seqs: int):
         self.runner = runner
         self.buckets = batch_buckets(max_num_seqs)
+        # What graphs that do not sample leave: logits of each one's own would be gigabytes together.
+        num_valid, dtype = runner.model.lm_head.num_valid, runner.config.dtype
+        self.logits = torch.empty(max_num_seqs, num_valid, dtype=dtype, device=runner.device)
         self.clear()
 
     def clear(self) -> None:
@@ -65,27 +68,28 @@ class DecodeGraphs:
     def capture(self, bucket: int, sample: bool = True) -> None:
         """Record the step for `bucket` rows; nothing of it is executed but a warm-up on padding rows."""
         rows = torch.full((bucket,), self.runner.state.padding_row, device=self.runner.device)
-        max_context_len = self.runner.config.max_model_len
-
-        def step() -> tuple[torch.Tensor, ...]:
-            if sample:
-                return (self.runner.run_decode(rows, max_context_len),)
-            return self.runner.forward_decode(rows, max_context_len)
-
         previous = torch.cuda.current_stream()
         # torch.cuda.graph() would collect garbage and empty the allocator's cache, 0.1 s each time.
         stream = capture_stream(self.runner.device)
         graph = torch.cuda.CUDAGraph()
         with CAPTURE_LOCK, torch.cuda.stream(stream):
             stream.wait_stream(previous)
-            step()
+            self.step(rows, sample)
             stream.synchronize()
             with deferred_interrupts():  # or the stream, which is the process's, could be left capturing
                 graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
                 try:
-                    outputs = step()
+                    outputs = self.step(rows, sample)
                 finally:
                     graph.capture_end()
         previous.wait_stream(stream)
         self.pool = graph.pool()
         self.graphs[bucket, sample] = graph, rows, outputs
+
+    def step(self, rows: torch.Tensor, sample: bool) -> tuple[torch.Tensor, ...]:
+        """What a graph records."""
+        max_context_len = self.runner.config.max_model_len
+        if sample:
+            return (self.runner.run_decode(rows, max_context_len),)
+        logits, *others = self.runner.forward_decode(rows, max_context_len)
+        return self.logits[: len(rows)].copy_(logits), *others

@@ -12,6 +12,7 @@ import torch
 
 from nanovllm.config import Config, head_dim
 from nanovllm.engine.batch import PrefillBatch
+from nanovllm.layers.sampler import LogitsAdjustments, compute_logprobs, rows_at_once
 from nanovllm.utils.distributed import TensorParallel
 from nanovllm.utils.memory import free_ram_bytes
 
@@ -92,8 +93,8 @@ def memory_used_bytes(device: torch.device) -> int:
 
 
 def measure_reserve(runner: "ModelRunner") -> int:
-    """Run the largest batch of prompts, and capture the largest graph, or without graphs run the largest decode step,
-    against a cache of one block, then let them go.
+    """Run the largest batch of prompts, draw for rows that ask for much, and capture the largest graph, or without
+    graphs run the largest decode step, against a cache of one block, then let them go.
 
     Returns the bytes that they needed beyond what stays: activations, and a graph's memory. On CUDA only.
     """
@@ -105,7 +106,9 @@ def measure_reserve(runner: "ModelRunner") -> int:
     num_seqs = min(config.max_num_seqs, num_tokens)
     lens = [num_tokens // num_seqs + (i < num_tokens % num_seqs) for i in range(num_seqs)]
     lens = [min(length, config.max_model_len) for length in lens]
-    runner.run_prefill(dummy_prefill(lens, runner.state.padding_row, runner.device))
+    batch = dummy_prefill(lens, runner.state.padding_row, runner.device)
+    runner.run_prefill(batch)
+    draw_asking(runner, batch)
     if runner.graphs is None:  # at full length, of which a backend without kernels copies what it reads
         rows = torch.full((config.max_num_seqs,), runner.state.padding_row, device=runner.device)
         runner.state.num_cached_tokens.fill_(config.max_model_len - 1)
@@ -122,7 +125,18 @@ def measure_reserve(runner: "ModelRunner") -> int:
         runner.graphs.clear()
     gc.collect()
     torch.cuda.empty_cache()
-    return reserve_bytes
+    return reserve_bytes + runner.token_counts.max_bytes
+
+
+def draw_asking(runner: "ModelRunner", batch: PrefillBatch) -> None:
+    """Draw, and list the likeliest, for as many rows of `batch` as are adjusted together and ask for all filters."""
+    num_rows, num_valid = len(batch.rows), runner.model.lm_head.num_valid
+    logits = runner.full_logits(torch.zeros(num_rows, num_valid, dtype=runner.config.dtype, device=runner.device))
+    rows = torch.arange(min(num_rows, rows_at_once(logits.shape[1])), device=runner.device)
+    half = torch.full(rows.shape, 0.5, device=runner.device)
+    asking = LogitsAdjustments(rows, half, top_k=torch.ones_like(rows), top_p=half, min_p=half)
+    token_ids = runner.sampler(logits, batch.temperatures, batch.seeds, batch.context_lens, [asking])
+    compute_logprobs(logits[rows], token_ids[rows], 1)
 
 
 def dummy_prefill(lens: list[int], row: int, device: torch.device) -> PrefillBatch:

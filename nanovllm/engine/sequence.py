@@ -226,4 +226,4 @@ class DecodingSequences(list[Sequence]):
     def watched(self) -> list[Sequence]:
         return watched(self)
 
-    asking: Any = None  # engine/adjustments.py's: what those of them ask for that does not change
+    asking: Any = None  # list of engine/adjustments.py's: what those of them ask for that does not change

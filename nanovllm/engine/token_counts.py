@@ -18,6 +18,7 @@ class TokenCounts:
         self.vocab_size = vocab_size
         self.device = device
         self.counts = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)  # grows: most engines need few rows
+        self.max_bytes = num_rows * vocab_size * self.counts.element_size()
         self.known: dict[int, tuple[int, int]] = {}  # by row: whose tokens are counted (seq_id), and how many of them
 
     def of(self, seqs: list[Sequence]) -> torch.Tensor:

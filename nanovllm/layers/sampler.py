@@ -4,7 +4,7 @@ The order is vLLM's: allowed -> bad words -> min_tokens -> bias -> penalties -> 
 top-p -> draw. Everything before the temperature changes logits; the filters after it only take tokens out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanovllm.kernels.filtering import NEG_INF, filter_top_k_top_p
 from nanovllm.kernels.sampling import GREEDY_BELOW, gumbel_argmax
 from nanovllm.sampling_params import NOTHING_LEFT
 
-NEG_INF = float("-inf")
+NUM_ADJUSTED_AT_ONCE = 2**24  # logits, of which each takes some 25 bytes in float32 and what is made of that
+
+
+def rows_at_once(vocab_size: int) -> int:
+    """How many rows are adjusted together, at the most."""
+    return max(1, NUM_ADJUSTED_AT_ONCE // vocab_size)
 
 
 @dataclass(slots=True)
@@ -44,23 +50,26 @@ class Sampler(nn.Module):
         temperatures: torch.Tensor,
         seeds: torch.Tensor,
         positions: torch.Tensor,
-        adjustments: LogitsAdjustments | None = None,
+        adjustments: Sequence[LogitsAdjustments] = (),
     ) -> torch.Tensor:
         """logits [B, vocab]; temperatures [B] float32; seeds, positions [B] int64 -> token ids [B] int64.
 
+        adjustments: of different rows, each of no more than `rows_at_once`.
         Not an id but -1 where the logits have no finite maximum, and NOTHING_LEFT where only the adjusted have none.
         """
-        if adjustments is None:
-            return gumbel_argmax(logits, temperatures, seeds, positions)
+        if sum(len(part.rows) for part in adjustments) < len(logits):
+            token_ids = gumbel_argmax(logits, temperatures, seeds, positions)
+        else:
+            token_ids = torch.empty_like(positions)
         # The rows that ask are drawn by themselves: the others' logits need not be copied, nor be float32.
-        rows = adjustments.rows
-        asking = logits[rows].float()
-        is_sound = asking.amax(-1).isfinite()
-        token_ids = gumbel_argmax(adjust_logits(asking, adjustments), temperatures[rows], seeds[rows], positions[rows])
-        token_ids = token_ids.masked_fill((token_ids < 0) & is_sound, NOTHING_LEFT)
-        if len(rows) == len(logits):
-            return token_ids
-        return gumbel_argmax(logits, temperatures, seeds, positions).index_copy(0, rows, token_ids)
+        for part in adjustments:
+            rows = part.rows
+            asking = logits[rows].float()
+            is_sound = asking.amax(-1).isfinite()
+            drawn = gumbel_argmax(adjust_logits(asking, part), temperatures[rows], seeds[rows], positions[rows])
+            drawn = drawn.masked_fill_(drawn < 0, NOTHING_LEFT).masked_fill_(~is_sound, -1)
+            token_ids.index_copy_(0, rows, drawn)
+        return token_ids
 
 
 def adjust_logits(logits: torch.Tensor, a: LogitsAdjustments) -> torch.Tensor:
@@ -98,22 +107,6 @@ def filter_min_p(logits: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
     return logits.masked_fill(logits < threshold, NEG_INF)
 
 
-def filter_top_k_top_p(logits: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Tensor | None) -> torch.Tensor:
-    """Keep the top_k [n] largest logits (and what equals the last of them), then of these the fewest whose
-    probabilities reach top_p [n]; at least one token stays."""
-    ascending, order = logits.sort(dim=-1, stable=True)  # so that of equals at the edge of top-p the last ids stay
-    if top_k is not None:
-        smallest_kept = ascending.gather(1, (logits.shape[1] - top_k)[:, None])
-        ascending = ascending.masked_fill(ascending < smallest_kept, NEG_INF)
-    if top_p is not None:
-        # In integers, whose sums are exact in any order: a GPU's order depends on the number of rows.
-        probs = (log_softmax(ascending).exp() * 2.0**40).long()
-        below = probs.cumsum(-1) <= ((1 - top_p) * 2.0**40).long()[:, None]
-        below[:, -1] = False
-        ascending = ascending.masked_fill(below & (top_p < 1.0)[:, None], NEG_INF)
-    return torch.empty_like(logits).scatter_(1, order, ascending)
-
-
 def log_softmax(logits: torch.Tensor) -> torch.Tensor:
     """Of rows [m, vocab] float32. Padded to whole 16 bytes: the order of CUDA's sums depends on a row's alignment."""
     vocab_size = logits.shape[1]
@@ -134,12 +127,21 @@ class LogprobsTensors:
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "LogprobsTensors":
         return LogprobsTensors(*map(function, (self.chosen, self.ranks, self.top, self.top_ids)))
 
+    @classmethod
+    def cat(cls, parts: list["LogprobsTensors"]) -> "LogprobsTensors":
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__slots__))
+
     def tolist(self) -> list[tuple[float, int, list[float], list[int]]]:
         return list(zip(self.chosen.tolist(), self.ranks.tolist(), self.top.tolist(), self.top_ids.tolist()))
 
 
 def compute_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> LogprobsTensors:
     """logits [m, vocab] as the model gave them, token_ids [m] int64, -1 for none; of equals the lowest id is first."""
+    size = rows_at_once(logits.shape[1])
+    return LogprobsTensors.cat([_logprobs(*part, k) for part in zip(logits.split(size), token_ids.split(size))])
+
+
+def _logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> LogprobsTensors:
     logprobs = log_softmax(logits.float())
     chosen = logprobs.gather(1, token_ids.clamp(min=0)[:, None])
     ranks = (logprobs > chosen).sum(-1) + 1
