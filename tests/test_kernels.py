@@ -14,12 +14,14 @@ from helpers import HANGING_S
 
 triton = pytest.importorskip("triton")
 
+from nanovllm.engine.input_processor import fold_seed  # noqa: E402
 from nanovllm.kernels import (  # noqa: E402
     activation,
     attention_common,
     attention_decode,
     attention_invariant,
     attention_prefill,
+    filtering,
     linear,
     linear_invariant,
     matmul,
@@ -42,6 +44,7 @@ TARGETS = [
     ),
 ]
 on_targets = pytest.mark.parametrize(("device", "dtype"), TARGETS)
+on_fp32 = pytest.mark.parametrize(("device", "dtype"), [TARGETS[0], TARGETS[3]])
 on_gpu = pytest.mark.parametrize(("device", "dtype"), TARGETS[1:2])
 
 
@@ -181,6 +184,62 @@ def test_gumbel_max(device, dtype, vocab_size):
     expected_scores, expected_ids = sampling.gumbel_max_torch(logits, temperatures, *rows)
     assert torch.equal(token_ids, expected_ids)
     torch.testing.assert_close(scores, expected_scores, rtol=1e-5, atol=1e-5)
+
+
+@on_targets
+def test_the_only_token_left_is_drawn(device, dtype):
+    """Also by the 128 highest hashes of 2³², whose uniform number would round to 1, and the noise be -inf."""
+    logits = torch.full((1, 10), float("-inf"), device=device, dtype=dtype)
+    logits[0, 7] = 1.0
+    seed, position = torch.tensor([fold_seed(9674830, 0)], device=device), torch.tensor([2], device=device)
+    key0, key1 = sampling.row_keys(seed, position)
+    assert int(sampling.mix32(sampling.mix32((7 + key0) & sampling.U32) ^ key1)) >= 2**32 - 128
+    for run in (sampling.gumbel_max_torch, sampling.gumbel_max_triton):
+        score, token_id = run(logits, torch.ones(1, device=device), seed, position)
+        assert token_id.item() == 7
+        assert score.isfinite()
+
+
+FILTERS = {
+    "top_k": ([1, 3, 40, 10**9, 7, 2], None),
+    "top_p": (None, [0.9, 0.3, 1.0, 1e-7, 0.999, 0.5]),
+    "both": ([10**9, 5, 1, 60, 20, 33], [0.5, 1.0, 0.7, 0.95, 1e-4, 0.9]),
+}
+
+
+@on_fp32
+@pytest.mark.parametrize("vocab_size", [2, 63, 1000, 4097])
+@pytest.mark.parametrize("kind", FILTERS)
+@pytest.mark.parametrize("spread", [0.1, 4.0])
+def test_filter_top_k_top_p(device, dtype, vocab_size, kind, spread):
+    """Of rows with many equal logits, some of them zeros of either sign, and with tokens that are out already."""
+    logits = (spread * torch.randn(6, vocab_size, device=device)).bfloat16().float()
+    logits[1] = logits[1].round().copysign(torch.randn(vocab_size, device=device))
+    logits[2, 1::3] = float("-inf")
+    top_k, top_p = FILTERS[kind]
+    top_k = None if top_k is None else torch.tensor(top_k, device=device).clamp(max=vocab_size)
+    top_p = None if top_p is None else torch.tensor(top_p, device=device)
+    expected = filtering.filter_top_k_top_p_torch(logits, top_k, top_p)
+    actual = filtering.filter_top_k_top_p_triton(logits, top_k, top_p)
+    kept = actual > float("-inf")
+    assert torch.equal(actual, logits.masked_fill(~kept, float("-inf")))
+    assert kept.any(-1).all()
+    # The weights of top-p are rounded exponentials, which differ in their last bit on a GPU.
+    num_different = (kept != (expected > float("-inf"))).sum(-1).max()
+    assert num_different <= (0 if INTERPRETED or top_p is None else 1)
+
+
+@on_gpu
+def test_filter_of_a_full_vocabulary(device, dtype):
+    """A row's result does not depend on the others, and few and many rows are cut differently."""
+    logits = 3 * torch.randn(130, 151_936, device=device).bfloat16().float()
+    top_k = torch.tensor([20, 1000, 151_936, 50], device=device).repeat(33)[:130]
+    top_p = torch.tensor([0.95, 1.0, 0.9, 0.2, 0.999], device=device).repeat(26)
+    whole = filtering.filter_top_k_top_p(logits, top_k, top_p)
+    expected = filtering.filter_top_k_top_p_torch(logits, top_k, top_p)
+    assert ((whole > float("-inf")) != (expected > float("-inf"))).sum(-1).max() <= 2
+    for rows in (slice(0, 1), slice(3, 40), slice(66, 130)):
+        assert torch.equal(filtering.filter_top_k_top_p(logits[rows], top_k[rows], top_p[rows]), whole[rows])
 
 
 @on_targets
@@ -394,6 +453,21 @@ def test_prefill(device, dtype, config, q_lens, context_lens, num_heads, num_kv_
     assert_attends(out[skipped:], attention_prefill.paged_attention_prefill_torch(*args)[skipped:], dtype)
 
 
+@pytest.mark.parametrize("shared_bytes", [227 * 1024, 163 * 1024, 99 * 1024])
+@pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
+def test_every_tile_of_queries_that_is_chosen_can_be_launched(head_dim, shared_bytes, monkeypatch):
+    """On an H100, an A100, and on what most other cards have."""
+    monkeypatch.setattr(attention_prefill, "shared_memory_bytes", lambda device: shared_bytes)
+    chosen = set()
+    for num_tokens in (1, 64, 512, 16384):
+        for group in (1, 2, 8):
+            q = torch.empty(num_tokens, 8 * group, head_dim, dtype=torch.bfloat16, device="meta")
+            chosen.add(attention_prefill.choose_config(q, num_tokens, 8))
+    assert max(attention_prefill.tile_bytes(tile, head_dim) for tile in chosen) <= shared_bytes
+    if shared_bytes == 227 * 1024 and head_dim <= 128:
+        assert chosen == {(64, 128, 4, 3), (128, 64, 8, 3)}
+
+
 @on_targets
 def test_prefill_of_single_queries_is_decode(device, dtype):
     context_lens, head_dim = [1, 64, 130], 64
@@ -583,6 +657,7 @@ def test_products_as_they_are_chosen(device, dtype, kind, outputs, depth, monkey
 def test_every_tiling_that_is_chosen_can_be_launched(outputs, depth, gated, can_split, shared_bytes, monkeypatch):
     monkeypatch.setattr(matmul, "shared_memory_bytes", lambda device: shared_bytes)
     monkeypatch.setattr(matmul, "use_triton", lambda x: True)
+    monkeypatch.setattr(matmul, "has_pdl", lambda: True)
     monkeypatch.setattr(matmul, "has_tma", lambda: True)
     weight, num_chosen = torch.empty(outputs, depth, dtype=torch.bfloat16), 0
     for num_tokens in range(1, 300):

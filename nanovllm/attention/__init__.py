@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from nanovllm.kernels.triton_utils import can_triton, shared_memory_bytes
 from nanovllm.utils.context import Context
 
 
@@ -86,6 +87,12 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype, block_size: int
             return "the package triton is not installed"
         if head_dim not in (16, 32, 64, 128, 256):
             return f"it takes a head_dim that is a power of 2 up to 256, and the model's is {head_dim}"
+        if not can_triton(device):
+            return (
+                f"it needs a GPU of compute capability 8.0 or later, and this is {torch.cuda.get_device_name(device)}"
+            )
+        if dtype.itemsize * head_dim > 512 and shared_memory_bytes(device) < 168 * 2**10:
+            return f"{torch.cuda.get_device_name(device)} has too little shared memory for a head_dim of 256 in float32"
     if name == "flash_attn":
         if importlib.util.find_spec("flash_attn") is None:
             return "the package flash-attn is not installed"

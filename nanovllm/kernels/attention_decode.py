@@ -134,7 +134,7 @@ def paged_attention_decode_triton(
     group = num_heads // num_kv_heads
     block_merge = next_power_of_2(group)
     many_numbers = MOST_NUMBERS if batch_size <= FEW_ROWS else MANY_NUMBERS
-    _decode_kernel[(num_kv_heads, len(plan.items))](
+    _decode_kernel[(num_kv_heads * len(plan.items),)](  # in one dimension: others end at 65,535
         q, k_cache, v_cache, block_tables, plan.items, plan.partial_out, plan.partial_lse, plan.arrivals, out,
         scale * LOG2_E, q.stride(0), block_tables.stride(0), num_early,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, D=head_dim, PAGE=block_size, ITEM_FIELDS=ITEM_FIELDS,
@@ -157,11 +157,11 @@ def _decode_kernel(
     """One program an item and kv head; its GROUP query heads are the first rows of a tile that tl.dot accepts."""
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
     ROW: tl.constexpr = NUM_KV_HEADS * D
-    kv_head = tl.program_id(0)
-    item = tl.program_id(1)
+    kv_head = tl.program_id(0) % NUM_KV_HEADS
+    item = tl.program_id(0) // NUM_KV_HEADS
     if PDL:  # noqa: SIM102 - this is known when compiling
         # Who comes later would not wait, and has nothing to gain.
-        if item * NUM_KV_HEADS + kv_head < num_early:
+        if tl.program_id(0) < num_early:
             prefetch_item(
                 k_cache_ptr, v_cache_ptr, block_tables_ptr, table_stride, items_ptr + item * ITEM_FIELDS, kv_head,
                 ROW, D, PAGE, BLOCK, PREFETCH_BLOCKS,

@@ -7,7 +7,15 @@ a whole prompt are one case: the queries are the last tokens of their contexts.
 import torch
 
 from nanovllm.kernels.attention_common import LOG2_E, check_layout, load_pages, page_offsets
-from nanovllm.kernels.triton_utils import jit, launch_options, num_multiprocessors, pdl_wait, tl, use_triton
+from nanovllm.kernels.triton_utils import (
+    jit,
+    launch_options,
+    num_multiprocessors,
+    pdl_wait,
+    shared_memory_bytes,
+    tl,
+    use_triton,
+)
 
 
 def paged_attention_prefill(
@@ -75,18 +83,28 @@ def paged_attention_prefill_triton(
     return out
 
 
+# (rows of queries and heads, keys, warps, stages) of a tile; of each list the first that shared memory holds is taken.
+LARGE_TILES = (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)
+SMALL_TILES = (64, 128, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2)
+
+
 def choose_config(q: torch.Tensor, max_seqlen_q: int, num_kv_heads: int) -> tuple[int, int, int, int]:
-    """(rows of queries and heads, keys, warps, stages) of a tile."""
     num_tokens, num_heads, head_dim = q.shape
     if q.element_size() == 4:  # exact float32 has no tensor cores: the largest tile that registers hold
         return 32, 32, 8, 1
-    if head_dim > 128:  # what shared memory holds
-        return 128, 64, 8, 2
     # Where large tiles would leave half of the chip idle, or mostly be empty, small ones, of the fewest rows that wgmma
     # takes. Two of them share a multiprocessor at a head_dim of 64.
     num_slots = num_multiprocessors(q.device) * 128 // head_dim
     is_small = num_tokens * num_heads // 128 * 2 <= num_slots or max_seqlen_q * num_heads // num_kv_heads <= 64
-    return (64, 128, 4, 3) if is_small else (128, 64, 8, 3)
+    tiles = SMALL_TILES if is_small else LARGE_TILES
+    fitting = [tile for tile in tiles if tile_bytes(tile, head_dim) <= shared_memory_bytes(q.device)]
+    return fitting[0] if fitting else tiles[-1]
+
+
+def tile_bytes(tile: tuple[int, int, int, int], head_dim: int) -> int:
+    """Of shared memory, in 16 bits a number: queries, and of each stage keys and values. Before Hopper it is less."""
+    block_m, block_n, _, num_stages = tile
+    return 2 * head_dim * (block_m + 2 * num_stages * block_n)
 
 
 @jit(do_not_specialize=("block_tables_ptr", "cu_seqlens_q_ptr", "context_lens_ptr", "batch_size", "table_stride"))

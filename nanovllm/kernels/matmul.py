@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from nanovllm.kernels.activation import silu_and_mul_torch
 from nanovllm.kernels.triton_utils import (
     TensorDescriptor,
+    has_pdl,
     has_tma,
     jit,
     launch_options,
@@ -47,10 +48,14 @@ class Tiling:
 
 
 def choose_tiling(x: torch.Tensor, weight: torch.Tensor, gated: bool = False, can_split: bool = False) -> Tiling | None:
-    """For x [T, K] and weight [N, K]; None where others do better, as measured by benchmarks/products.py."""
+    """For x [T, K] and weight [N, K]; None where others do better, as benchmarks/products.py found for the shapes of
+    two models on an H100. Before Hopper a kernel cannot fetch weights while another ends, and nothing was measured.
+    """
     num_tokens, depth = x.shape
     num_outputs = weight.shape[0]
-    if not use_triton(x) or x.dtype == torch.float32 or num_outputs % BLOCK_N or depth % BLOCK_K or num_tokens < 2:
+    if not use_triton(x) or not has_pdl() or x.dtype == torch.float32:
+        return None
+    if num_outputs % BLOCK_N or depth % BLOCK_K or num_tokens < 2:
         return None
     if num_tokens > (64 if gated else MAX_ROWS_SMALL if can_split and weight.nbytes <= SMALL_BYTES else MAX_ROWS):
         return None

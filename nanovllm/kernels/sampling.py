@@ -74,12 +74,12 @@ def gumbel_noise_torch(seeds: torch.Tensor, positions: torch.Tensor, token_ids: 
     """Standard Gumbel noise [B, V] float32 for `token_ids` [V] or [B, V].
 
     -log(-log1p(-u)) with u = (hash + ½)·2⁻³²: the float32 grid is fine where the noise is large and can win; at the
-    other end u rounds to 1 and the noise is -inf. Triton has no log1p: for small u, -log1p(-u) is its series, whose
-    error u⁵/6 is below float32's.
+    other end u would round to 1 and the noise be -inf, where a token may be the only one left to draw. Triton has no
+    log1p: for small u, -log1p(-u) is its series, whose error u⁵/6 is below float32's.
     """
     key0, key1 = row_keys(seeds, positions)
     hashed = mix32(mix32((token_ids + key0[:, None]) & U32) ^ key1[:, None])
-    u = (hashed.float() + 0.5) * 2.0**-32
+    u = ((hashed.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
     series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5)))))
     exponential = torch.where(u < 2.0**-4, series, -torch.log(1 - u))
     return -torch.log(exponential)
@@ -153,7 +153,7 @@ def _log(x, APPROX: tl.constexpr):
 def _gumbel(token_ids, key0, key1, APPROX_LOG: tl.constexpr):
     """What gumbel_noise_torch says."""
     hashed = _mix32(_mix32(token_ids.to(tl.uint32) + key0) ^ key1)
-    u = (hashed.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    u = tl.minimum((hashed.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)  # at most 1 - 2⁻²⁴
     series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5)))))
     exponential = tl.where(u < 0.0625, series, -_log(1 - u, APPROX_LOG))
     return -_log(exponential, APPROX_LOG)

@@ -28,14 +28,18 @@ if not HAS_TRITON:
 
 # Programmatic dependent launch (Hopper and later): a kernel may start while its predecessor drains, and waits for the
 # predecessor's writes in `pdl_wait`. Every kernel calls that before it touches memory which another kernel writes.
-@functools.cache
 def has_pdl() -> bool:
-    if not torch.cuda.is_available() or torch.version.hip is not None or not HAS_TRITON:
-        return False
-    return torch.cuda.get_device_capability() >= (9, 0) and hasattr(tl.extra.cuda, "gdc_wait")  # since Triton 3.3
+    """Of the current GPU."""
+    return HAS_TRITON and torch.cuda.is_initialized() and _has_pdl(torch.cuda.current_device())
 
 
 @functools.cache
+def _has_pdl(index: int) -> bool:
+    if torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(index) >= (9, 0) and hasattr(tl.extra.cuda, "gdc_wait")  # since Triton 3.3
+
+
 def has_tma() -> bool:
     """Whether tiles can travel by the tensor memory accelerator (Hopper and later)."""
     return TensorDescriptor is not None and has_pdl()
@@ -53,7 +57,13 @@ def jit(function=None, *, do_not_specialize: tuple[str, ...] = ()):
 
 
 def use_triton(x: torch.Tensor) -> bool:
-    return HAS_TRITON and x.is_cuda
+    return x.is_cuda and can_triton(x.device)
+
+
+@functools.cache
+def can_triton(device: torch.device) -> bool:
+    """Triton's kernels are for compute capability 8.0 and later."""
+    return HAS_TRITON and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def launch_options() -> dict[str, Any]:
@@ -72,7 +82,8 @@ def shared_memory_bytes(device: torch.device) -> int:
     """That one program can have, as Triton checks it; an H100's where there is no GPU."""
     if device.type != "cuda":
         return 227 * 1024
-    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 
 def next_power_of_2(n: int) -> int:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanovllm.kernels.activation import silu_and_mul
-from nanovllm.kernels.linear import linear, linear_partial, norm_linear
+from nanovllm.kernels.linear import blas_linear, linear, linear_partial, norm_linear
 from nanovllm.kernels.linear_invariant import linear_invariant
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.context import get_context
@@ -134,8 +134,9 @@ class RowParallelLinear(LinearBase):
             return linear_partial(x, self.weight) if self.is_fused else self.product(x)
         # The bias once; no partial sums, which would have to be added before they travel.
         bias = self.bias if self.tp.rank == 0 else None
+        multiply = linear if self.is_fused else blas_linear
         summand = self.tp.summand(x.shape[0], self.weight.shape[0])
         if summand is None:
-            return self.tp.all_reduce(linear(x, self.weight, bias))
-        linear(x, self.weight, bias, out=summand.x)
+            return self.tp.all_reduce(multiply(x, self.weight, bias))
+        multiply(x, self.weight, bias, out=summand.x)
         return summand
