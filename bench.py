@@ -40,6 +40,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     add("--repeats", type=int, default=3, help="timed runs, each with fresh tokens, after a warm-up (default: 3)")
     add("--temperature", type=float, default=0.6)
+    add("--top-k", type=int, help="of all requests, as --top-p is (default: off)")
+    add("--top-p", type=float)
     add("--seed", type=int, default=0)
     sizes = parser.add_argument_group("sizes (default: the workload's)")
     sizes.add_argument("--num-seqs", type=int, help="requests")
@@ -59,7 +61,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     engine.add_argument("--kvcache-block-size", type=int, default=256)
     engine.add_argument("--num-kvcache-blocks", type=int, default=-1)
     engine.add_argument("--depth", type=int, choices=(0, 1), help="steps to launch ahead (default: 1 on a GPU)")
-    more = parser.add_argument_group("instead of the timed runs (nanovllm only)")
+    group = parser.add_argument_group("instead of the timed runs, or of their workload (nanovllm only)")
+    more = group.add_mutually_exclusive_group()
     more.add_argument("--host-profile", action="store_true", help="host work per decode step of the workload")
     more.add_argument("--profile", type=Path, metavar="FILE", help="write a Chrome trace, print time by kernel")
     more.add_argument("--plot", type=Path, metavar="FILE", help="tokens/s by number of requests, as a picture")
@@ -67,6 +70,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.engines = list(dict.fromkeys([args.engine, *args.compare]))
     if (args.host_profile or args.profile or args.plot) and args.engines != ["nanovllm"]:
         parser.error("--host-profile, --profile and --plot work with nanovllm only")
+    if args.plot and args.workload:
+        parser.error("--plot has workloads of its own: leave --workload out")
+    if (args.host_profile or args.profile) and len(args.workload) > 1:
+        parser.error("--host-profile and --profile take one workload")
     if args.plot and args.output_len == (1, 1):
         parser.error("--plot is about decoding: --output-len must be above 1")
     for name in ("repeats", "num_seqs"):
@@ -160,10 +167,10 @@ def make_cases(args: argparse.Namespace, device: torch.device, vocab_size: int) 
             num_seqs if args.plot else args.num_seqs or num_seqs,
             args.input_len or input_len,
             args.output_len or output_len,
-            args.seed,
+            args.seed + i * bool(args.plot),  # or the cases of a plot would begin with the same prompts
             vocab_size,
         )
-        for name, num_seqs, input_len, output_len in shapes
+        for i, (name, num_seqs, input_len, output_len) in enumerate(shapes)
     ]
 
 

@@ -33,8 +33,8 @@ class Case:
         return sum(self.output_lens)
 
     def refilled(self, seed: int) -> "Case":
-        """The same lengths with other tokens, so that no prefix cache can help."""
-        rng = random.Random(seed)
+        """The same lengths with other tokens, also than other cases', so that no prefix cache can help."""
+        rng = random.Random(f"{self.name} {seed}")
         prompts = [[rng.randint(0, self.vocab - 1) for _ in prompt] for prompt in self.prompts]
         return Case(self.name, prompts, self.output_lens, self.vocab)
 
