@@ -4,6 +4,9 @@ What stays of a row is everything above an edge, and of the logits equal to the 
 filters look for the edge in the same way: the largest value below which there is no more weight than a limit. To top-k
 every token weighs 1, and all but k may go; to top-p tokens weigh what their probabilities are, in integers, whose sums
 are exact in any order, so that a row's edge does not depend on the rest of the batch.
+
+The search is among few candidates: where k groups of tokens have a maximum of t or more, so have k tokens; and where
+such maxima weigh enough, so do the tokens from t on.
 """
 
 import torch
@@ -49,20 +52,20 @@ def filter_top_k_top_p_triton(logits, top_k, top_p):
     out = torch.empty_like(logits)
     if not num_rows:
         return out
-    # A row is read many times by one program. Few rows leave most of the chip idle: then programs are large.
-    num_warps = 16 if num_rows <= 64 else 8
+    # Few rows leave most of the chip idle: then programs are large.
+    num_warps = 16 if num_rows <= 128 else 8
+    block = 256 * num_warps
     _filter_kernel[(num_rows,)](
-        logits, out, torch.empty_like(logits) if top_p is not None else logits,
-        top_k if top_k is not None else logits, top_p if top_p is not None else logits, vocab_size,
-        HAS_TOP_K=top_k is not None, HAS_TOP_P=top_p is not None, ONE=ONE, BLOCK=256 * num_warps, num_warps=num_warps,
-        **launch_options(),
+        logits, out, logits.new_empty(num_rows, max(vocab_size, block)), top_k if top_k is not None else logits,
+        top_p if top_p is not None else logits, vocab_size, HAS_TOP_K=top_k is not None, HAS_TOP_P=top_p is not None,
+        ONE=ONE, BLOCK=block, num_warps=num_warps, **launch_options(),
     )  # fmt: skip
     return out
 
 
 @jit(do_not_specialize=("top_k_ptr", "top_p_ptr"))
 def _filter_kernel(
-    logits_ptr, out_ptr, kept_ptr, top_k_ptr, top_p_ptr, vocab_size,
+    logits_ptr, out_ptr, candidates_ptr, top_k_ptr, top_p_ptr, vocab_size,
     HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a row."""
@@ -70,73 +73,119 @@ def _filter_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * vocab_size
     out_ptr += row * vocab_size
+    candidates_ptr += row * tl.maximum(vocab_size, BLOCK)
     lanes = tl.arange(0, BLOCK)
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    for start in range(0, vocab_size, BLOCK):
-        ids = start + lanes
-        best = tl.maximum(best, tl.load(logits_ptr + ids, mask=ids < vocab_size, other=float("-inf")))
-    largest = tl.max(best, axis=0)
-    edge = row * 0  # the key of the least logit that stays
-    num_gone = row * 0  # of those equal to it
+    top_k = row * 0 + vocab_size
     if HAS_TOP_K:
         top_k = tl.load(top_k_ptr + row)
-        if top_k < vocab_size:
-            edge, _ = _find_edge(logits_ptr, vocab_size, vocab_size - top_k, largest, False, ONE, BLOCK)
+    top_p = 1.0
     if HAS_TOP_P:
         top_p = tl.load(top_p_ptr + row)
+
+    maxima = tl.full([BLOCK], float("-inf"), tl.float32)  # of the tokens that a lane comes by
+    for start in range(0, vocab_size, BLOCK):
+        ids = start + lanes
+        maxima = tl.maximum(maxima, tl.load(logits_ptr + ids, mask=ids < vocab_size, other=float("-inf")))
+    largest = tl.max(maxima, axis=0)
+    tl.store(candidates_ptr + lanes, maxima)
+    tl.debug_barrier()  # here and below: other threads read what these have written, or write what they have read
+    edge = row * 0  # the key of the least logit that stays, as far as is known
+    total = row * 0  # weight of all tokens that top-k leaves
+    if top_k < vocab_size:
+        if top_k <= BLOCK:
+            edge, _ = _find_edge(candidates_ptr, BLOCK, edge, BLOCK - top_k, edge, largest, False, ONE, BLOCK)
+    elif top_p < 1:
+        weights = tl.zeros([BLOCK], tl.int64)
+        for start in range(0, vocab_size, BLOCK):
+            ids = start + lanes
+            logits = tl.load(logits_ptr + ids, mask=ids < vocab_size, other=float("-inf"))
+            weights += _weight(logits, largest, ONE)
+        total = tl.sum(weights, axis=0)
+        # What the maxima weigh less than all tokens must be below the edge for it to be one of the maxima's.
+        others = total - tl.sum(_weight(maxima, largest, ONE), axis=0)
+        limit = _limit(top_p, total)
+        if others <= limit:
+            edge, _ = _find_edge(candidates_ptr, BLOCK, edge, limit, others, largest, True, ONE, BLOCK)
+    tl.debug_barrier()
+
+    num_candidates = row * 0
+    weights = tl.zeros([BLOCK], tl.int64)
+    length = tl.where((top_k < vocab_size) | (top_p < 1), vocab_size, 0)  # who has no filter needs no search
+    for start in range(0, length, BLOCK):
+        ids = start + lanes
+        logits = tl.load(logits_ptr + ids, mask=ids < vocab_size, other=float("-inf"))
+        is_candidate = (ids < vocab_size) & (_key(logits) >= edge)
+        num_here = tl.sum(is_candidate.to(tl.int32), axis=0)
+        if num_here > 0:
+            places = num_candidates + tl.cumsum(is_candidate.to(tl.int32), axis=0) - 1
+            tl.store(candidates_ptr + places, logits, mask=is_candidate)
+            weights += tl.where(is_candidate, _weight(logits, largest, ONE), 0)
+            num_candidates += num_here
+    tl.debug_barrier()
+    below = total - tl.sum(weights, axis=0)  # what the others weigh, to top-p alone
+    if top_k < vocab_size:
+        edge, _ = _find_edge(
+            candidates_ptr, num_candidates, edge * 0, num_candidates - top_k, edge * 0, largest, False, ONE, BLOCK
+        )  # fmt: skip
         if top_p < 1:
-            # What is left, and weighs anything, in one place: the search need not go through all others again.
-            kept_ptr += row * vocab_size
-            num_kept = 0
             weights = tl.zeros([BLOCK], tl.int64)
-            for start in range(0, vocab_size, BLOCK):
-                ids = start + lanes
-                logits = tl.load(logits_ptr + ids, mask=ids < vocab_size, other=float("-inf"))
-                weight = _weight(logits, largest, ONE)
-                is_kept = (_key(logits) >= edge) & (weight > 0)
-                weights += tl.where(is_kept, weight, 0)
-                places = num_kept + tl.cumsum(is_kept.to(tl.int32), axis=0) - 1
-                tl.store(kept_ptr + places, logits, mask=is_kept)
-                num_kept += tl.sum(is_kept.to(tl.int32), axis=0)
-            tl.debug_barrier()  # other threads read what these have written
+            for first_place in range(0, num_candidates, BLOCK):
+                places = first_place + lanes
+                logits = tl.load(candidates_ptr + places, mask=places < num_candidates, other=float("-inf"))
+                weights += tl.where(_key(logits) >= edge, _weight(logits, largest, ONE), 0)
             total = tl.sum(weights, axis=0)
-            limit = ((1 - top_p).to(tl.float64) * total.to(tl.float64)).to(tl.int64)
-            limit = tl.minimum(limit, total - 1)  # one stays
-            edge, below = _find_edge(kept_ptr, num_kept, limit, largest, True, ONE, BLOCK)
-            num_gone = (limit - below) // tl.maximum(_weight(_logit(edge), largest, ONE), 1)
+            below = edge * 0
+    num_gone = row * 0  # of those equal to the edge
+    if top_p < 1:
+        limit = _limit(top_p, total)
+        edge, below = _find_edge(candidates_ptr, num_candidates, edge, limit, below, largest, True, ONE, BLOCK)
+        num_gone = (limit - below) // tl.maximum(_weight(_logit(edge), largest, ONE), 1)
+
     num_equal = row * 0
     for start in range(0, vocab_size, BLOCK):
         ids = start + lanes
         logits = tl.load(logits_ptr + ids, mask=ids < vocab_size, other=float("-inf"))
         keys = _key(logits)
-        equal = (keys == edge).to(tl.int32)
-        is_gone = (keys < edge) | ((equal > 0) & (num_equal + tl.cumsum(equal, axis=0) <= num_gone))
-        num_equal += tl.sum(equal, axis=0)
+        is_gone = keys < edge
+        if num_equal < num_gone:
+            equal = (keys == edge).to(tl.int32)
+            is_gone = is_gone | ((equal > 0) & (num_equal + tl.cumsum(equal, axis=0) <= num_gone))
+            num_equal += tl.sum(equal, axis=0)
         tl.store(out_ptr + ids, tl.where(is_gone, float("-inf"), logits), mask=ids < vocab_size)
 
 
 @jit
+def _limit(top_p, total):
+    """What may weigh less than what stays; one token does."""
+    return tl.minimum(((1 - top_p).to(tl.float64) * total.to(tl.float64)).to(tl.int64), total - 1)
+
+
+@jit
 def _find_edge(
-    logits_ptr, length, limit, largest, BY_WEIGHT: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr
+    logits_ptr, length, lowest, limit, below, largest,
+    BY_WEIGHT: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The largest key below which there is no more than `limit`, and what there is below it; two bits a pass."""
+    """The largest key below which there is no more than `limit`, and what there is below it; two bits a pass.
+
+    lowest: keys below it weigh nothing. below: the weight of tokens that are not among these, which are below all.
+    """
     lanes = tl.arange(0, BLOCK)
-    edge = limit * 0
-    below = limit * 0
+    edge = lowest * 0
     for i in range(16):
-        step = (edge * 0 + 1) << (30 - 2 * i)
+        step = (lowest * 0 + 1) << (30 - 2 * i)
         first = tl.zeros([BLOCK], tl.int64)  # what there is from the edge on, in steps
         second = tl.zeros([BLOCK], tl.int64)
         third = tl.zeros([BLOCK], tl.int64)
         for start in range(0, length, BLOCK):
-            ids = start + lanes
-            logits = tl.load(logits_ptr + ids, mask=ids < length, other=0.0)
-            above = _key(logits) - edge
+            places = start + lanes
+            logits = tl.load(logits_ptr + places, mask=places < length, other=0.0)
+            key = _key(logits)
+            above = key - edge
             if BY_WEIGHT:
                 weight = _weight(logits, largest, ONE)
             else:
                 weight = tl.full([BLOCK], 1, tl.int64)
-            weight = tl.where((ids < length) & (above >= 0), weight, 0)
+            weight = tl.where((places < length) & (above >= 0) & (key >= lowest), weight, 0)
             first += tl.where(above < step, weight, 0)
             second += tl.where(above < 2 * step, weight, 0)
             third += tl.where(above < 3 * step, weight, 0)
