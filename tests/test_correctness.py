@@ -39,6 +39,7 @@ from helpers import (
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import kv_cache
 from nanovllm.engine.cuda_graph import batch_buckets
+from nanovllm.utils import memory
 
 FREQUENT_EOS = [*range(0, VOCAB_SIZE, 29), EOS]  # one token in 29 ends a completion, and the tokenizer's own does
 
@@ -575,6 +576,18 @@ def test_start_up_is_logged_in_one_line(checkpoints, caplog):
     (line,) = [r.getMessage() for r in caplog.records if "cache of" in r.getMessage()]
     for word in ("Qwen3ForCausalLM", "cpu", "float32", "sdpa", f"{llm.block_manager.num_blocks} blocks"):
         assert word in line
+
+
+def test_files_that_are_cached_count_as_free_ram(monkeypatch, tmp_path):
+    """Of a container's limit: the kernel drops them when memory is asked for."""
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert memory.cgroup_free_bytes() == float("inf")
+    (tmp_path / "memory.current").write_text("7000\n")
+    (tmp_path / "memory.stat").write_text("anon 1000\nactive_file 2000\ninactive_file 3500\nslab 500\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.cgroup_free_bytes() == float("inf")
+    (tmp_path / "memory.max").write_text("8000\n")
+    assert memory.cgroup_free_bytes() == 6500
 
 
 def test_the_cache_on_cpu_is_a_share_of_free_ram(checkpoints, monkeypatch):

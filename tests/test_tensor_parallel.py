@@ -35,7 +35,7 @@ from helpers import (
 )
 
 from nanovllm import LLM, AsyncLLM, EngineDeadError, SamplingParams
-from nanovllm.engine import batch, engine_core, kv_cache, worker_group
+from nanovllm.engine import batch, engine_core, kv_cache, model_runner, worker_group
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_channel import FIELDS, StepChannel, max_step_size
@@ -515,16 +515,105 @@ def test_what_only_a_worker_refuses_is_known_at_the_start(qwen3, started):
     """As a second GPU with less free memory would, after rank 0 has all it needs."""
     with (
         replaced(ModelRunner, "_choose_num_blocks", lambda _: lambda runner: 20),
+        replaced(model_runner, "check_cache_fits", lambda _: lambda *args: None),
         pytest.raises(EngineDeadError, match="exit code 1: ValueError: num_kvcache_blocks=2147483647"),
     ):
         qwen3.llm(tensor_parallel_size=2, num_kvcache_blocks=2**31 - 1)
     assert_gone([process.pid for process in started])
 
 
-def test_what_both_ranks_refuse_is_no_death(qwen3, started):
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_what_all_ranks_refuse_is_no_death(qwen3, started, num_ranks):
     with pytest.raises(ValueError, match="num_kvcache_blocks=2147483647"):
-        qwen3.llm(tensor_parallel_size=2, num_kvcache_blocks=2**31 - 1)
+        qwen3.llm(tensor_parallel_size=num_ranks, num_kvcache_blocks=2**31 - 1)
+    assert len(started) == num_ranks - 1
     assert_gone([process.pid for process in started])
+
+
+def test_what_an_aborted_communicator_leaves_is_no_number_of_blocks(qwen3, started):
+    """NCCL's abort raises nothing: what was to be gathered is whatever lay there."""
+
+    def kill(gather: Any) -> Any:
+        def gathered(tp: TensorParallel, tensor: torch.Tensor) -> torch.Tensor:
+            started[0].kill()
+            return torch.zeros(2, *tensor.shape, dtype=tensor.dtype)
+
+        return gathered
+
+    with replaced(TensorParallel, "all_gather", kill), pytest.raises(EngineDeadError, match="exit code -9"):
+        qwen3.llm(tensor_parallel_size=2, num_kvcache_blocks=-1)
+
+
+def test_a_worker_that_hangs_while_it_starts(qwen3, started, monkeypatch):
+    """As a driver may that it waits for; it has more time than in a step."""
+    monkeypatch.setattr(worker_group, "START_PATIENCE", 2)
+    popen = subprocess.Popen
+
+    def stop(*args: Any, **kwargs: Any) -> subprocess.Popen:
+        process = popen(*args, **kwargs)
+        os.kill(process.pid, signal.SIGSTOP)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", stop)
+    with pytest.raises(EngineDeadError, match=r"rank 1 .* has not moved for 2 s"):
+        qwen3.llm(tensor_parallel_size=2, worker_timeout_s=1.0)
+    assert started
+    assert_gone([process.pid for process in started])
+
+
+def test_modules_are_found_where_rank_0_finds_them(qwen3, tmp_path):
+    """The package may lie beside others that are called as the standard library's are."""
+    (tmp_path / "nanovllm").symlink_to(Path(worker_group.__file__).parents[1])
+    (tmp_path / "asyncio.py").write_text("raise SystemExit('not this one')")
+    script = f"""
+import asyncio, sys
+sys.path.insert(next(i for i, path in enumerate(sys.path) if path.endswith("-packages")), {str(tmp_path)!r})
+import nanovllm
+assert nanovllm.__file__.startswith({str(tmp_path)!r})
+llm = nanovllm.LLM({str(qwen3.path)!r}, tensor_parallel_size=2, **{OPTIONS!r})
+print(llm.generate([[1, 2]], nanovllm.SamplingParams(max_tokens=3), use_tqdm=False)[0]["token_ids"])
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd="/", env=environment, capture_output=True, text=True, timeout=HANGING_S
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("[")
+
+
+def test_of_four_ranks_the_one_that_was_killed_is_named(qwen3):
+    """Survivors fail because of it, and may be seen first."""
+    llm = qwen3.llm(tensor_parallel_size=4)
+    pids = worker_pids(llm)
+    with pytest.raises(EngineDeadError, match=rf"rank 3 \(process {pids[2]}\) ended with exit code -9") as caught:
+        while_generating(llm, lambda: os.kill(pids[2], signal.SIGKILL))
+    assert str(caught.value).startswith("rank 3")
+    assert_gone(pids)
+    llm.close()
+
+
+def test_an_exception_while_a_worker_is_waited_for_at_the_end(qwen3):
+    """As a handler of SIGTERM raises it: what is left to do is done all the same."""
+    llm = qwen3.llm(tensor_parallel_size=2)
+    pids, group = worker_pids(llm), llm.model_runner.workers
+    os.kill(pids[0], signal.SIGSTOP)  # it cannot end by itself
+
+    def leave(wait: Any) -> Any:
+        def waits(*args: Any, **kwargs: Any) -> Any:
+            if not left:
+                left.append(True)
+                raise SystemExit(3)
+            return wait(*args, **kwargs)
+
+        return waits
+
+    left: list[bool] = []
+    with replaced(group.processes[0], "wait", leave), pytest.raises(SystemExit):
+        llm.close()
+    assert left
+    assert not [pid for pid in pids if is_running(pid)]
+    assert all(sock.fileno() == -1 for sock in group.sockets)
+    llm.close()
 
 
 def test_ctrl_c_while_the_engine_is_not_yet_the_users(qwen3, started, monkeypatch):

@@ -50,7 +50,7 @@ def choose_num_blocks(config: Config, tp: TensorParallel, reserve_bytes: int) ->
     """
     device, num_bytes = config.device, block_bytes(config)
     if config.num_kvcache_blocks != -1:
-        check_cache_fits(config, tp)
+        check_cache_fits(config, tp.size)
         return config.num_kvcache_blocks
     if device.type == "cuda":
         _, total = torch.cuda.mem_get_info(device)
@@ -58,7 +58,10 @@ def choose_num_blocks(config: Config, tp: TensorParallel, reserve_bytes: int) ->
     else:
         available = free_ram_bytes() * CPU_CACHE_SHARE / tp.size
     num_blocks = min(int(available // num_bytes), config.max_num_seqs * config.max_blocks)
-    num_blocks = int(tp.all_gather(torch.tensor([num_blocks], device=device)).min())  # what all can hold
+    counts = tp.all_gather(torch.tensor([num_blocks], device=device)).tolist()
+    if counts[tp.rank] != [num_blocks]:  # what an aborted communicator leaves there
+        raise RuntimeError("the ranks could not tell each other how many blocks they have room for")
+    num_blocks = min(counts)[0]  # what all can hold
     if num_blocks < 1:
         remedy = f"lower kvcache_block_size, now {config.kvcache_block_size}, or set num_kvcache_blocks"
         if device.type == "cuda":
@@ -73,11 +76,13 @@ def choose_num_blocks(config: Config, tp: TensorParallel, reserve_bytes: int) ->
     return num_blocks
 
 
-def check_cache_fits(config: Config, tp: TensorParallel) -> None:
+def check_cache_fits(config: Config, num_ranks: int) -> None:
     """Of a number that the user gave: taken block by block on a CPU, memory would run out in the middle of work."""
+    if config.num_kvcache_blocks == -1:
+        return
     num_blocks, num_bytes = config.num_kvcache_blocks, config.num_kvcache_blocks * block_bytes(config)
     is_cuda = config.device.type == "cuda"
-    free = torch.cuda.mem_get_info(config.device)[0] if is_cuda else free_ram_bytes() // tp.size
+    free = torch.cuda.mem_get_info(config.device)[0] if is_cuda else free_ram_bytes() // num_ranks
     if num_bytes > free:
         raise ValueError(
             f"num_kvcache_blocks={num_blocks} blocks of {config.kvcache_block_size} tokens take "

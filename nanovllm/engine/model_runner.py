@@ -26,7 +26,7 @@ from nanovllm.engine.batch import (
     prompt_logprob_runs,
 )
 from nanovllm.engine.cuda_graph import DecodeGraphs
-from nanovllm.engine.kv_cache import block_bytes, choose_num_blocks, measure_reserve, new_cache
+from nanovllm.engine.kv_cache import block_bytes, check_cache_fits, choose_num_blocks, measure_reserve, new_cache
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_output import PendingTokens, StepOutput, TokenBuffers, sampled_logprobs
 from nanovllm.engine.token_counts import TokenCounts
@@ -82,6 +82,7 @@ class ModelRunner:
         self.tp.communicator.share_memory(config.hf_config.hidden_size, config.dtype)
         self.model = build_model(model_class, config, self.tp)
         load_model(self.model, config.model)
+        check_cache_fits(config, self.tp.size)  # here, since before they are loaded no rank waits for another
         loaded()
         self.sampler = Sampler()
         self.token_counts = TokenCounts(config.max_num_seqs, config.hf_config.vocab_size, self.device)

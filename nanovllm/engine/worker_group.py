@@ -32,6 +32,7 @@ from nanovllm.utils.interrupts import deferred_interrupts
 from nanovllm.utils.threads import shared_cores
 
 END_S = 3.0  # for a worker to end by itself
+START_PATIENCE = 60  # times as long as a step may one stand still that is starting
 
 
 class WorkerGroup:
@@ -49,6 +50,7 @@ class WorkerGroup:
         self.states = [0] * self.size  # which of STATES each rank has reached
         self._watcher: threading.Thread | None = None
         self._closed = False
+        self._is_noticed = False  # a rank's loss, which will be the `failure` as soon as it is known how it ended
         self._lock = threading.RLock()  # the garbage collector may call `stop` within `fail`
         self._held = ExitStack()  # what is given back at the end
         try:
@@ -58,17 +60,14 @@ class WorkerGroup:
             raise
 
     def _start_all(self, config: Config) -> None:
-        # Where CPU ranks meet; nobody else may look in.
-        self.directory = tempfile.mkdtemp(prefix="nanovllm-")
-        self._held.callback(shutil.rmtree, self.directory, ignore_errors=True)
         step_size = max_step_size(config.max_num_batched_tokens, config.max_num_seqs, config.max_blocks)
         self.channel = StepChannel(self.size, step_size)
         self._held.callback(delattr, self, "channel")  # and with it what maps the memory
         self._held.callback(os.close, self.channel.fd)
-        self.boot = {
+        self.boot: dict[str, Any] = {
             "config": config_to_json(config),
             "step_size": step_size,
-            "directory": self.directory,
+            "directory": "",
             "unique_id": "",
             "num_threads": 0,
         }
@@ -77,6 +76,9 @@ class WorkerGroup:
 
             self.boot["unique_id"] = make_unique_id().hex()
         else:
+            # Where they meet; nobody else may look in.
+            self.boot["directory"] = tempfile.mkdtemp(prefix="nanovllm-")
+            self._held.callback(shutil.rmtree, self.boot["directory"], ignore_errors=True)
             self.boot["num_threads"] = self._held.enter_context(shared_cores(self.size))
         boot = json.dumps(self.boot)
         lifeline, ours = os.pipe()
@@ -92,8 +94,10 @@ class WorkerGroup:
     def _start(self, rank: int, lifeline: int) -> None:
         ours, theirs = socket.socketpair()
         descriptors = theirs.fileno(), lifeline, self.channel.fd
-        package_root = str(Path(__file__).resolve().parents[2])  # where this very package is
-        path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+        # Where this process looks for modules, in its order, and where this very package is.
+        path = os.pathsep.join(
+            [*(entry or os.getcwd() for entry in sys.path), str(Path(__file__).resolve().parents[2])]
+        )
         process = subprocess.Popen(
             [sys.executable, "-m", "nanovllm.engine.worker", str(rank), *map(str, descriptors)],
             pass_fds=descriptors,
@@ -133,7 +137,7 @@ class WorkerGroup:
     def loaded(self) -> None:
         """Wait until every worker has its weights, and hence has met all others."""
         self.wait_for("loaded")
-        shutil.rmtree(self.directory, ignore_errors=True)
+        shutil.rmtree(self.boot["directory"], ignore_errors=True)
 
     def wait_for(self, state: str) -> None:
         """Until every worker has said that it is that far; EngineDeadError if one is lost before."""
@@ -189,7 +193,7 @@ class WorkerGroup:
     def is_lost(self) -> bool:
         """Whether a rank is. What is done with a dead peer may fail before the watching thread has seen the death."""
         deadline = time.monotonic() + 5 * POLL_S
-        while self.failure is None and time.monotonic() < deadline:
+        while self.failure is None and not self._closed and (self._is_noticed or time.monotonic() < deadline):
             time.sleep(0.01)
         return self.failure is not None
 
@@ -209,7 +213,7 @@ class WorkerGroup:
             self.fail(f"rank 0 cannot watch over the others: {type(error).__name__}: {error}")
 
     def _watch_until_lost(self) -> None:
-        marks: dict[int, tuple[int, int]] = {}
+        marks: dict[int, tuple[int, int, int]] = {}
         num_polls: dict[int, int] = {}  # since the mark changed. No clock: it runs on while all processes are frozen
         while not self._closed and self.failure is None:
             ready = readable([sock.fileno() for sock in self.sockets])
@@ -219,23 +223,38 @@ class WorkerGroup:
                 if sock.fileno() in ready or process.poll() is not None:
                     answer = receive_json(sock)
                     if "state" not in answer:
-                        self.fail(self._describe(rank, answer))
+                        self._is_noticed = True
+                        self.fail(self._describe_lost(rank, answer))
                         return
                     self.states[rank] = STATES.index(answer["state"])
-                if self.states[rank] < STATES.index("loaded"):
-                    continue  # a driver that starts, or a slow disk, may stop all threads for long
                 # All ranks do the same, one thing after another: who stays behind rank 0 hangs, whatever lives in it;
                 # but a CPU may only be slow.
                 own = int(self.channel.progress[rank])
-                is_behind = self.channel.num_sent > 0 and own < int(self.channel.progress[0])
+                is_behind = own < int(self.channel.progress[0])
                 busy_s = int(self.channel.busy_s[rank]) if self.device.type == "cpu" else 0
-                mark = (own, busy_s) if is_behind else (-1, int(self.channel.heartbeats[rank]))
+                sign = (own, busy_s) if is_behind else (-1, int(self.channel.heartbeats[rank]))
+                mark = self.states[rank], *sign
                 if marks.get(rank) != mark:
                     marks[rank], num_polls[rank] = mark, 0
-                num_polls[rank] += 1
-                if num_polls[rank] * POLL_S > self.timeout_s:
-                    self.fail(f"rank {rank} (process {process.pid}) has not moved for {self.timeout_s:g} s")
+                num_polls[rank] += not ready  # or no time has passed
+                # A driver that starts, a slow disk or a compiler may stop all threads for long.
+                is_started = self.states[rank] == STATES.index("started")
+                limit_s = self.timeout_s if is_started else START_PATIENCE * self.timeout_s
+                if num_polls[rank] * POLL_S > limit_s:
+                    self.fail(f"rank {rank} (process {process.pid}) has not moved for {limit_s:g} s")
                     return
+
+    def _describe_lost(self, rank: int, answer: dict[str, Any]) -> str:
+        """`rank` has ended; so have others, perhaps, a moment before or because of it. Who was killed comes first."""
+        time.sleep(POLL_S)
+        answers = {rank: answer}
+        for other, process in enumerate(self.processes, 1):
+            if other != rank and process.poll() is not None:
+                while "state" in (answer := receive_json(self.sockets[other - 1])):
+                    pass
+                answers[other] = answer
+        lost = sorted(answers, key=lambda rank: (self.processes[rank - 1].poll() or 0) >= 0)
+        return "; ".join(self._describe(rank, answers[rank]) for rank in lost)
 
     def _describe(self, rank: int, answer: dict[str, Any]) -> str:
         """How `rank` ended, and what it said last."""
@@ -256,18 +275,23 @@ class WorkerGroup:
                 if self._closed:
                     return
                 self._closed = True
-            self._end_kindly()
-            self._kill()
-            if self.communicator is not None:
-                self.communicator.abort()
-                self.communicator.close()
-            # The garbage collector calls this from any thread.
-            if self._watcher is not None and self._watcher is not threading.current_thread():
-                self._watcher.join()
-            self.communicator = None
-            for sock in self.sockets:
-                sock.close()
-            self._held.close()
+            try:
+                self._end_kindly()
+            finally:  # of a handler of SIGTERM that raises, say
+                self._end()
+
+    def _end(self) -> None:
+        self._kill()
+        if self.communicator is not None:
+            self.communicator.abort()
+            self.communicator.close()
+        # The garbage collector calls `stop` from any thread.
+        if self._watcher is not None and self._watcher is not threading.current_thread():
+            self._watcher.join()
+        self.communicator = None
+        for sock in self.sockets:
+            sock.close()
+        self._held.close()
 
     def _end_kindly(self) -> None:
         if self.failure is not None or min(self.states[1:]) < STATES.index("started"):

@@ -1,6 +1,9 @@
 """How much RAM there is. Called by engine/kv_cache.py to size the cache of a CPU."""
 
 import os
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_ram_bytes() -> int:
@@ -14,9 +17,10 @@ def free_ram_bytes() -> int:
 
 
 def cgroup_free_bytes() -> float:
-    """What a container's limit (control group version 2) leaves; infinite without one."""
+    """What a container's limit (control group version 2) leaves, files' cached pages included; infinite without one."""
     try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
-            return float(limit.read()) - float(used.read())
-    except (OSError, ValueError):  # no such file, or "max"
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        used = int((CGROUP / "memory.current").read_text()) - int(stat["active_file"]) - int(stat["inactive_file"])
+        return float((CGROUP / "memory.max").read_text()) - used
+    except (OSError, ValueError, KeyError):  # no such file, or "max"
         return float("inf")

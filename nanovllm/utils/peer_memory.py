@@ -138,7 +138,8 @@ def open_peer_memory(
             except RuntimeError as error:
                 problem = error
             if all(is_fine for (is_fine,) in gather(problem is None)):
-                abort_flag = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+                with torch.inference_mode(False):  # or nobody could write to it outside of the mode
+                    abort_flag = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
                 used = region[: region_bytes(shape, dtype)]
                 peers = PeerMemory(regions, rank, used, abort_flag, shape, dtype)
                 peers.held = held.pop_all()
@@ -166,6 +167,6 @@ def map_peer(handle: bytes, held: ExitStack) -> int:
 
 def settle(device: torch.device) -> None:
     """Let every kernel end before memory goes: they end soon, having been told to."""
-    library().cudaSetDevice(device.index)
-    with suppress(RuntimeError):  # of a device that is lost
-        torch.cuda.synchronize(device)
+    with suppress(RuntimeError), torch.cuda.device(device):  # of a device that is lost
+        library().cudaSetDevice(device.index)
+        torch.cuda.synchronize()
