@@ -5,7 +5,7 @@ import contextlib
 import threading
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,7 +136,7 @@ class AsyncLLM:
 
     async def generate(
         self, prompts: Any, sampling_params: SamplingParams | list[SamplingParams] | None = None
-    ) -> AsyncIterator[StreamDelta]:
+    ) -> AsyncGenerator[StreamDelta, None]:
         """Complete one or several prompts, as `LLM.stream` does; deltas of other tasks' requests never appear.
 
         Cancelling the task, or closing the iterator, aborts the requests. Nothing happens before the first delta is
@@ -144,7 +144,8 @@ class AsyncLLM:
         engine is closed.
         """
         self.llm._check_not_forked()  # where the thread is not
-        requests = self.llm.input_processor.make_requests(prompts, sampling_params)
+        # A long prompt or a large grammar takes a while, in which other tasks go on.
+        requests = await asyncio.to_thread(self.llm.input_processor.make_requests, prompts, sampling_params)
         stream = _Stream(requests, asyncio.get_running_loop(), Call(changed=self._thread.changed))
         if not requests:
             return
@@ -167,13 +168,19 @@ class AsyncLLM:
         """As `LLM.get_default_sampling_params`."""
         return self.llm.get_default_sampling_params()
 
-    def chat(self, messages: Any, sampling_params: Any = None, **kwargs: Any) -> AsyncIterator[StreamDelta]:
+    async def chat(
+        self, messages: Any, sampling_params: Any = None, **kwargs: Any
+    ) -> AsyncGenerator[StreamDelta, None]:
         """`generate` for one conversation or a list of them; `kwargs` as `LLM.chat` takes them."""
-        return self.generate(self.llm.chat_prompts(messages, **kwargs), sampling_params)
+        prompts = await asyncio.to_thread(self.llm.chat_prompts, messages, **kwargs)
+        async with contextlib.aclosing(self.generate(prompts, sampling_params)) as deltas:
+            async for delta in deltas:
+                yield delta
 
     def close(self) -> None:
         """Stop the thread and give everything back; whoever still waits gets a RuntimeError. Harmless when repeated."""
         self._finalizer()
+        self._thread.close()  # once more if Ctrl-C cut that short: a finalizer is called but once
 
     async def aclose(self) -> None:
         """`close` without holding up the event loop."""

@@ -75,7 +75,7 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class StreamDelta:
-    """What is new of one completion; the last one of it has a `finish_reason`.
+    """What is new of one completion; the last one of it has a `finish_reason`, and `stop_reason` as the output does.
 
     `logprobs` are those of `token_ids`, if they were asked for; `prompt_logprobs` come with completion 0's first delta.
     """
@@ -87,3 +87,4 @@ class StreamDelta:
     finish_reason: str | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    stop_reason: int | str | None = None

@@ -4,6 +4,7 @@ Memory that the processes share stands for that of their GPUs. As in test_kernel
 its own where Triton has been imported without it.
 """
 
+import contextlib
 import ctypes
 import mmap
 import multiprocessing
@@ -259,6 +260,8 @@ def test_no_two_sums_in_a_row_share_a_slot():
 class FakeCuda:
     """What of libcudart is used, in one process: a handle is the address."""
 
+    is_without_atomics = False
+
     def __init__(self, fails: str = ""):
         self.fails, self.calls, self.blocks = fails, [], {}
 
@@ -288,6 +291,10 @@ class FakeCuda:
         ctypes.memmove(handle, ctypes.byref(address), 8)
         return 0
 
+    def _cudaDeviceGetP2PAttribute(self, pointer: Any, attribute: int, device: int, peer: int) -> int:
+        pointer._obj.value = not self.is_without_atomics
+        return 0
+
     def _cudaIpcOpenMemHandle(self, pointer: Any, handle: Any, flags: int) -> int:
         assert flags == 1
         ctypes.memmove(pointer, ctypes.byref(handle), 8)
@@ -307,18 +314,20 @@ class Threads(Communicator):
         return out
 
 
-@pytest.mark.parametrize("fails", ["", "cudaMalloc", "cudaIpcGetMemHandle", "cudaIpcOpenMemHandle"])
+@pytest.mark.parametrize("fails", ["", "cudaMalloc", "cudaIpcGetMemHandle", "cudaIpcOpenMemHandle", "atomics"])
 def test_all_ranks_share_memory_or_none_does(monkeypatch, fails):
     """One of three fails at something, and everything is given back, once, mappings before memory."""
     drivers, communicator = [FakeCuda(), FakeCuda(fails), FakeCuda()], Threads(3)
+    drivers[1].is_without_atomics = fails == "atomics"
     driver = lambda: drivers[int(threading.current_thread().name)]  # noqa: E731
     monkeypatch.setattr(peer_memory, "library", driver)
     monkeypatch.setattr(peer_memory, "as_tensor", lambda address, size, device: driver().blocks[address])
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     opened: list[Any] = [None] * 3
 
     def meet(rank: int) -> None:
-        opened[rank] = open_peer_memory(communicator, rank, 3, 1000, torch.bfloat16, torch.device("cpu"))
+        opened[rank] = open_peer_memory(communicator, rank, 3, 1000, torch.bfloat16, torch.device("cpu", 0))
         if opened[rank] is not None:
             driver().calls.clear()
             communicator.barrier.wait()

@@ -1,5 +1,7 @@
 """What users pass in -> requests. Everything is checked here, before anything is queued; called by the engine."""
 
+import copy
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ Prompt = str | list[int] | TextPrompt | TokensPrompt | dict[str, Any]
 class InputProcessor:
     def __init__(self, config: Config, tokenizer: Any):
         self.config = config
-        self.tokenizer = tokenizer
+        self.tokenizer = self._encoder = tokenizer
         # The checkpoint's and, as in vLLM, the tokenizer's: a chat model's config often names its base model's alone.
         own_eos: int | None = tokenizer.eos_token_id
         self.eos_token_ids = config.eos_token_ids
@@ -122,7 +124,7 @@ class InputProcessor:
             is_list = isinstance(conversation, (list, tuple)) and len(conversation) > 0
             if not is_list or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in conversation):
                 raise WrongTypeError(f"messages must be lists of dicts with 'role' and 'content', got {conversation!r}")
-            plain = [flatten_content(message) for message in conversation]
+            plain = [as_templates_expect(message) for message in conversation]
             try:
                 text = self.tokenizer.apply_chat_template(plain, **kwargs, **more)
             except Exception as error:  # of many kinds: the template's own, the sandbox's, Python's
@@ -156,7 +158,13 @@ class InputProcessor:
             text.encode()
         except UnicodeEncodeError as error:  # half of a surrogate pair: the tokenizer's error would not say what it is
             raise ValueError(f"{name} is no valid text: {error}") from None
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return self._encoder.encode(text, add_special_tokens=add_special_tokens)
+
+    def hand_out_tokenizer(self) -> Any:
+        """For users, who may have it truncate or pad in another thread, which it keeps as a state: ours is a copy."""
+        if self._encoder is self.tokenizer:
+            self._encoder = copy.deepcopy(self.tokenizer)
+        return self.tokenizer
 
     def _cache_salt(self, prompt: Any, name: str) -> str:
         """The salt that a prompt names; "" for none."""
@@ -241,10 +249,13 @@ class InputProcessor:
         return self._grammars.compile(params.structured_outputs)
 
 
-def flatten_content(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose content is OpenAI's list of parts, with their texts as one; templates would print the list."""
+def as_templates_expect(message: dict[str, Any]) -> dict[str, Any]:
+    """One of OpenAI's messages: of a content in parts the texts as one, of tool calls the arguments as objects."""
+    if isinstance(message.get("tool_calls"), (list, tuple)):
+        calls = [with_parsed_arguments(call) for call in message["tool_calls"]]
+        message = {**message, "content": message.get("content") or "", "tool_calls": calls}
     content = message.get("content")
-    if isinstance(content, str) or (content is None and set(message) - {"role", "content"}):  # tool calls, say
+    if isinstance(content, str) or (content is None and set(message) - {"role", "content"}):
         return message
     if not isinstance(content, (list, tuple)):
         raise WrongTypeError(
@@ -254,6 +265,17 @@ def flatten_content(message: dict[str, Any]) -> dict[str, Any]:
     if wrong := [part for part, text in zip(content, texts, strict=True) if not isinstance(text, str)]:
         raise ValueError(f"the content of a message has a part that is no text: {wrong[0]!r}; only text is understood")
     return {**message, "content": "\n".join(texts)}
+
+
+def with_parsed_arguments(call: Any) -> Any:
+    function: Any = call.get("function") if isinstance(call, dict) else None
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    if not isinstance(arguments, str):
+        return call
+    try:
+        return {**call, "function": {**function, "arguments": json.loads(arguments) if arguments else {}}}
+    except ValueError as error:
+        raise ValueError(f"a tool call has arguments that are no JSON: {arguments!r}: {error}") from None
 
 
 def load_tokenizer(path: str) -> Any:

@@ -211,7 +211,7 @@ class LLMEngine(EngineCore):
     # ---- everything else ----
 
     def get_tokenizer(self) -> Any:
-        return self.tokenizer
+        return self.input_processor.hand_out_tokenizer()
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the checkpoint's generation_config.json recommends, which calls without `SamplingParams` use; a copy."""

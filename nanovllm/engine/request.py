@@ -107,6 +107,7 @@ class Request:
                 self.closed.add(seq.index)
             if text or token_ids or seq.finish_reason is not None:
                 delta = StreamDelta(self.request_id, seq.index, text, token_ids, seq.finish_reason)
+                delta.stop_reason = seq.stop_reason
                 delta.logprobs = self._completion_logprobs(seq, begin)
                 delta.prompt_logprobs = self._prompt_logprobs() if begin == seq.index == 0 else None
                 deltas.append(delta)

@@ -27,6 +27,7 @@ HEADER_BYTES = 4096
 MAX_PEER_BYTES = 4 * 2**20
 ALLOCATION_BYTES = 2 * 2**20  # what other processes map is whole pages of this size
 PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess
+NATIVE_ATOMICS = 3  # cudaDevP2PAttrNativeAtomicSupported
 
 
 class Handle(ctypes.Structure):
@@ -129,12 +130,13 @@ def open_peer_memory(
             check(library().cudaIpcGetMemHandle(ctypes.byref(handle), ctypes.c_void_p(regions[rank])))
         except (ImportError, RuntimeError) as error:
             problem = error
-        handles = gather(problem is None, *struct.unpack("8q", bytes(handle)))
+        handles = gather(problem is None, device.index, *struct.unpack("8q", bytes(handle)))
         if all(is_fine for is_fine, *_ in handles):
             try:
                 for peer in range(size):
                     if peer != rank:
-                        regions[peer] = map_peer(struct.pack("8q", *handles[peer][1:]), held)
+                        check_atomics(device.index, handles[peer][1])
+                        regions[peer] = map_peer(struct.pack("8q", *handles[peer][2:]), held)
             except RuntimeError as error:
                 problem = error
             if all(is_fine for (is_fine,) in gather(problem is None)):
@@ -155,6 +157,14 @@ def allocate(num_bytes: int, held: ExitStack) -> int:
     check(library().cudaMalloc(ctypes.byref(address), ctypes.c_size_t(num_bytes)))
     held.callback(library().cudaFree, address)
     return address.value or 0
+
+
+def check_atomics(device: int, peer: int) -> None:
+    """With which a rank announces its summand: GPUs that reach each other over PCIe may not have them."""
+    is_supported = ctypes.c_int()
+    check(library().cudaDeviceGetP2PAttribute(ctypes.byref(is_supported), NATIVE_ATOMICS, device, peer))
+    if not is_supported.value:
+        raise RuntimeError(f"GPU {device} has no native atomic operations on the memory of GPU {peer}")
 
 
 def map_peer(handle: bytes, held: ExitStack) -> int:
