@@ -15,7 +15,7 @@ import torch
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.fair_lock import FairLock
-from nanovllm.engine.faults import diagnosed, release_memory
+from nanovllm.engine.faults import device_is_lost, diagnosed, release_memory
 from nanovllm.engine.input_processor import InputProcessor, load_tokenizer
 from nanovllm.engine.model_runner import ModelRunner, PendingTokens
 from nanovllm.engine.request import Call, Request
@@ -261,8 +261,10 @@ class EngineCore:
     def _close(self) -> None:
         self._finalizer()
         self.model_runner.exit()  # once more if Ctrl-C cut that short: a finalizer is called but once
-        self._in_flight.clear()  # and with what is left of requests, what they have on the device
-        self.scheduler.reset(())
+        # On a lost device the pinned memory of a step cannot be freed: torch would end the process.
+        if self._death is None or not device_is_lost(self.config.device):
+            self._in_flight.clear()  # and with what is left of requests, what they have on the device
+            self.scheduler.reset(())
 
     def _is_in_step(self) -> bool:
         """Whether this thread is inside `_step`, as a user's callable is.

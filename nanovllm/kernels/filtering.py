@@ -52,12 +52,15 @@ def filter_top_k_top_p_triton(logits, top_k, top_p):
     out = torch.empty_like(logits)
     if not num_rows:
         return out
+    if top_k is None:
+        top_k = torch.full((num_rows,), vocab_size, device=logits.device)
+    if top_p is None:
+        top_p = torch.ones(num_rows, device=logits.device)
     # Few rows leave most of the chip idle: then programs are large.
     num_warps = 16 if num_rows <= 128 else 8
     block = 256 * num_warps
     _filter_kernel[(num_rows,)](
-        logits, out, logits.new_empty(num_rows, max(vocab_size, block)), top_k if top_k is not None else logits,
-        top_p if top_p is not None else logits, vocab_size, HAS_TOP_K=top_k is not None, HAS_TOP_P=top_p is not None,
+        logits, out, logits.new_empty(num_rows, max(vocab_size, block)), top_k, top_p, vocab_size,
         ONE=ONE, BLOCK=block, num_warps=num_warps, **launch_options(),
     )  # fmt: skip
     return out
@@ -66,7 +69,7 @@ def filter_top_k_top_p_triton(logits, top_k, top_p):
 @jit(do_not_specialize=("top_k_ptr", "top_p_ptr"))
 def _filter_kernel(
     logits_ptr, out_ptr, candidates_ptr, top_k_ptr, top_p_ptr, vocab_size,
-    HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    ONE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a row."""
     pdl_wait(PDL)
@@ -75,12 +78,8 @@ def _filter_kernel(
     out_ptr += row * vocab_size
     candidates_ptr += row * tl.maximum(vocab_size, BLOCK)
     lanes = tl.arange(0, BLOCK)
-    top_k = row * 0 + vocab_size
-    if HAS_TOP_K:
-        top_k = tl.load(top_k_ptr + row)
-    top_p = 1.0
-    if HAS_TOP_P:
-        top_p = tl.load(top_p_ptr + row)
+    top_k = tl.load(top_k_ptr + row)
+    top_p = tl.load(top_p_ptr + row)
 
     maxima = tl.full([BLOCK], float("-inf"), tl.float32)  # of the tokens that a lane comes by
     for start in range(0, vocab_size, BLOCK):
