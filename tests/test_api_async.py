@@ -259,7 +259,7 @@ def test_chat(qwen3):
     async def main():
         async with make(qwen3) as llm:
             with pytest.raises(ValueError, match="no chat template"):
-                llm.chat(messages)
+                await anext(llm.chat(messages))
             conversations = [messages, [*messages, {"role": "assistant", "content": "yes"}]]
             one, several = await asyncio.gather(texts(llm, messages, **kwargs), texts(llm, conversations, **kwargs))
             await idle(llm)
