@@ -465,6 +465,52 @@ def test_bad_chats(llm, chat_llm):
     assert_idle(chat_llm)
 
 
+def test_arguments_of_tool_calls_are_objects(chat_llm):
+    """As OpenAI has them they are JSON, which a template would write as one string."""
+    template = (
+        "{% for m in messages %}<{{ m.content }}>{% for c in m.tool_calls %}"
+        "{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
+    )
+
+    def call(arguments: Any) -> dict[str, Any]:
+        return {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+
+    message = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [call('{"city": "Paris"}'), call(""), call({"a": 1})],
+    }
+    before = str(message)
+    (prompt,) = chat_llm.chat_prompts([message], chat_template=template)
+    assert prompt["prompt"] == '<>{"city": "Paris"}{}{"a": 1}'
+    assert str(message) == before
+    message["tool_calls"] = [call("{city")]
+    with pytest.raises(ValueError, match=r"arguments that are no JSON: '\{city'"):
+        chat_llm.chat_prompts([message], chat_template=template)
+
+
+def test_the_tokenizer_that_is_handed_out_is_the_users(chat_llm):
+    """What it is told to do, which it keeps as a state, is not done to prompts."""
+    text = "a text of several words, which is not to be cut off"
+    whole = chat_llm.input_processor.make_requests(text, None)[0].prompt_token_ids
+    tokenizer = chat_llm.get_tokenizer()
+    assert len(tokenizer(text, truncation=True, max_length=4)["input_ids"]) == 4 < len(whole)
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    try:
+        assert chat_llm.input_processor.make_requests(text, None)[0].prompt_token_ids == whole
+    finally:
+        tokenizer.backend_tokenizer.no_truncation()
+    assert chat_llm.get_tokenizer() is tokenizer is chat_llm.tokenizer
+
+
+def test_inside_autocast(qwen3, llm):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = llm.generate([[1, 2, 3]], greedy(8), use_tqdm=False)
+        with qwen3.llm() as other:
+            assert_matches(qwen3, [[1, 2, 3]], other.generate([[1, 2, 3]], greedy(8), use_tqdm=False), 8)
+    assert_matches(qwen3, [[1, 2, 3]], outputs, 8)
+
+
 def test_a_template_runs_in_a_sandbox(chat_llm):
     template = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
     with pytest.raises(Exception, match="unsafe"):

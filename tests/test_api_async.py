@@ -5,6 +5,7 @@ import contextlib
 import gc
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from helpers import HANGING_S, assert_idle, assert_matches, greedy, many_prompts, replaced, wait_until
@@ -288,6 +289,23 @@ def test_closing(qwen3):
         llm.close()
 
     asyncio.run(main())
+
+
+def test_ctrl_c_while_closing(qwen3, monkeypatch):
+    """The next close() does what is left."""
+    llm = make(qwen3)
+    join = threading.Thread.join
+
+    def strike(thread: threading.Thread, *args: Any) -> None:
+        monkeypatch.setattr(threading.Thread, "join", join)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "join", strike)
+    with pytest.raises(KeyboardInterrupt):
+        llm.close()
+    assert hasattr(llm.llm.model_runner, "kv_cache")
+    llm.close()
+    assert not hasattr(llm.llm.model_runner, "kv_cache")
 
 
 def test_an_event_loop_that_is_gone(qwen3, llm):
