@@ -322,7 +322,7 @@ def test_all_ranks_share_memory_or_none_does(monkeypatch, fails):
     driver = lambda: drivers[int(threading.current_thread().name)]  # noqa: E731
     monkeypatch.setattr(peer_memory, "library", driver)
     monkeypatch.setattr(peer_memory, "as_tensor", lambda address, size, device: driver().blocks[address])
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: None)
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     opened: list[Any] = [None] * 3
 
