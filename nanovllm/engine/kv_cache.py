@@ -43,14 +43,14 @@ def new_cache(config: Config, num_blocks: int) -> torch.Tensor:
 
 
 def choose_num_blocks(config: Config, tp: TensorParallel, reserve_bytes: int) -> int:
-    """What the user said, or as many blocks as fit beside everything else, or as all rows at full length need.
+    """What the user said (see `check_cache_fits`), or as many blocks as fit beside everything else, or as all rows at
+    full length need.
 
     reserve_bytes: of a GPU, what a step needs beside the cache and what is there already (see `measure_reserve`).
-    Raises ValueError if not one block fits, or not as many as the user said.
+    Raises ValueError if not one block fits.
     """
     device, num_bytes = config.device, block_bytes(config)
     if config.num_kvcache_blocks != -1:
-        check_cache_fits(config, tp.size)
         return config.num_kvcache_blocks
     if device.type == "cuda":
         _, total = torch.cuda.mem_get_info(device)
@@ -77,7 +77,10 @@ def choose_num_blocks(config: Config, tp: TensorParallel, reserve_bytes: int) ->
 
 
 def check_cache_fits(config: Config, num_ranks: int) -> None:
-    """Of a number that the user gave: taken block by block on a CPU, memory would run out in the middle of work."""
+    """Of a number that the user gave: taken block by block on a CPU, memory would run out in the middle of work.
+
+    Raises ValueError if that many do not fit.
+    """
     if config.num_kvcache_blocks == -1:
         return
     num_blocks, num_bytes = config.num_kvcache_blocks, config.num_kvcache_blocks * block_bytes(config)
