@@ -5,9 +5,9 @@ Called by engine/model_runner.py when it starts.
 
 import gc
 import math
+import mmap
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from nanovllm.config import Config, head_dim
@@ -37,8 +37,10 @@ def new_cache(config: Config, num_blocks: int) -> torch.Tensor:
     """Zeros, of `cache_shape`."""
     shape = cache_shape(config, num_blocks)
     if config.device.type == "cpu":
-        # numpy's zeros, unlike torch's, take no memory before they are written: a cache never filled costs nothing.
-        return torch.from_numpy(np.zeros(num_blocks * block_bytes(config), np.uint8)).view(config.dtype).view(shape)
+        # Pages of its own take no memory before they are written: a cache never filled costs nothing. torch.zeros
+        # writes them all, and so does malloc (numpy's zeros) where it finds a hole in its heap that is large enough.
+        pages = mmap.mmap(-1, num_blocks * block_bytes(config), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(pages, dtype=config.dtype).view(shape)
     return torch.zeros(shape, dtype=config.dtype, device=config.device)
 
 
