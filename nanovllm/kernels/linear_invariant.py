@@ -9,7 +9,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels.triton_utils import jit, launch_options, pdl_wait, tl, use_triton
+from nanovllm.kernels.triton_utils import jit, launch_options, pdl_wait, shared_memory_bytes, tl, use_triton
 
 CPU_ROWS = 16  # of every product on CPU
 
@@ -54,7 +54,9 @@ def linear_invariant_triton(x, weight, bias=None):
     if x.element_size() == 4:  # exact float32 has no tensor cores: a smaller tile that registers hold
         block_m, block_n, block_k, num_warps, num_stages = 64, 64, 32, 4, 2
     else:
-        block_m, block_n, block_k, num_warps, num_stages = 128, 128, 64, 8, max_stages(x.device)
+        # A stage takes 32 KB: three fit everywhere, four where a multiprocessor has the memory.
+        num_stages = 4 if shared_memory_bytes(x.device) > 4 * 2**15 else 3
+        block_m, block_n, block_k, num_warps = 128, 128, 64, 8
     grid = (-(-num_tokens // block_m) * -(-num_outputs // block_n),)
     _linear_kernel[grid](
         x, weight, weight if bias is None else bias, out, num_tokens,
@@ -62,13 +64,6 @@ def linear_invariant_triton(x, weight, bias=None):
         GROUP_M=8, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False, **launch_options(),
     )  # fmt: skip
     return out
-
-
-@functools.cache
-def max_stages(device: torch.device) -> int:
-    """Of the 16-bit tile, 32 KB each: three fit everywhere, four where a multiprocessor has the memory."""
-    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    return 4 if getattr(properties, "shared_memory_per_block_optin", 0) > 4 * 2**15 else 3
 
 
 @jit(do_not_specialize=("M",))

@@ -24,6 +24,7 @@ else:
 HAS_TRITON = triton is not None
 if not HAS_TRITON:
     tl = SimpleNamespace(constexpr=object)
+HAS_GDC = HAS_TRITON and hasattr(tl.extra.cuda, "gdc_wait")  # since Triton 3.4
 
 
 # Programmatic dependent launch (Hopper and later): a kernel may start while its predecessor drains, and waits for the
@@ -35,9 +36,7 @@ def has_pdl() -> bool:
 
 @functools.cache
 def _has_pdl(index: int) -> bool:
-    if torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(index) >= (9, 0) and hasattr(tl.extra.cuda, "gdc_wait")  # since Triton 3.3
+    return HAS_GDC and torch.version.hip is None and torch.cuda.get_device_capability(index) >= (9, 0)
 
 
 def has_tma() -> bool:
@@ -90,12 +89,20 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-@jit
-def pdl_wait(PDL: tl.constexpr):
-    """Wait for the predecessor's writes; let the successor be launched, which waits here in its turn."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+if HAS_GDC:
+
+    @jit
+    def pdl_wait(PDL: tl.constexpr):
+        """Wait for the predecessor's writes; let the successor be launched, which waits here in its turn."""
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+
+else:  # Triton looks names up before it knows that a branch is not taken
+
+    @jit
+    def pdl_wait(PDL: tl.constexpr):
+        pass
 
 
 @jit
