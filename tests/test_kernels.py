@@ -574,6 +574,8 @@ def test_norm_gemv(device, dtype, outputs, depth, has_residual, gated):
     ],
 )  # fmt: skip
 def test_matmul(device, dtype, num_tokens, block_m, num_splits, gated, by_tma):
+    if by_tma and matmul.TensorDescriptor is None:
+        pytest.skip("this Triton has no tensor descriptors: they came with 3.4")
     x = torch.randn(num_tokens, 528, device=device).to(dtype)[:, :512]  # strided rows
     weight = (torch.randn(128, 512, device=device) * 512**-0.5).to(dtype)
     tiling = matmul.Tiling(block_m, num_splits, 2, by_tma)

