@@ -246,7 +246,7 @@ def prefetch_item(
     if seq >= 0:
         LINE: tl.constexpr = 1024 // k_cache_ptr.dtype.element_ty.primitive_bitwidth  # elements in 128 bytes
         offsets = tl.arange(0, BLOCK)
-        lines = tl.arange(0, max(D // LINE, 1)) * LINE
+        lines = tl.arange(0, (D + LINE - 1) // LINE) * LINE
         table_ptr = block_tables_ptr + seq * table_stride
         for i in tl.static_range(NUM_BLOCKS):
             tokens = begin + i * BLOCK + offsets

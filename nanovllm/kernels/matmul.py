@@ -99,8 +99,8 @@ def matmul(
     grid = (-(-num_tokens // tiling.block_m), num_outputs // BLOCK_N, num_splits)
     options = dict(
         K=depth, NUM_SPLITS=num_splits, BLOCK_M=tiling.block_m, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GATED=gated,
-        PREFETCH_DEPTH=PREFETCH_DEPTH, num_warps=4 if tiling.block_m <= 64 else 8, num_stages=tiling.num_stages,
-        **launch_options(),
+        PREFETCH_DEPTH=min(depth // num_splits, PREFETCH_DEPTH), num_warps=4 if tiling.block_m <= 64 else 8,
+        num_stages=tiling.num_stages, **launch_options(),
     )  # fmt: skip
     if not tiling.by_tma:
         _few_rows_kernel[grid](x, weight, out, num_tokens, num_outputs, x.stride(0), **options)
@@ -133,7 +133,7 @@ def _few_rows_kernel(
     DEPTH: tl.constexpr = K // NUM_SPLITS
     row_ptrs = weight_ptr + tile_rows(tile, N, BLOCK_N, GATED)[:, None].to(tl.int64) * K + part * DEPTH
     if PDL:
-        prefetch_rows(row_ptrs, min(DEPTH, PREFETCH_DEPTH), BLOCK_K)
+        prefetch_rows(row_ptrs, PREFETCH_DEPTH, BLOCK_K)
     pdl_wait(PDL)
     tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = tokens < M
@@ -165,7 +165,7 @@ def _more_rows_kernel(
     ROWS: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     if PDL:
         row_ptrs = weight_ptr + tile_rows(tile, N, BLOCK_N, GATED)[:, None].to(tl.int64) * K + part * DEPTH
-        prefetch_rows(row_ptrs, min(DEPTH, PREFETCH_DEPTH), BLOCK_K)
+        prefetch_rows(row_ptrs, PREFETCH_DEPTH, BLOCK_K)
     pdl_wait(PDL)
     # The last tile ends with the last token and shares some with the one before it, to which both write the same bits:
     # TMA is slow to fill a tile with zeros beyond the end. With one token in the second tile a product took 1.6 times

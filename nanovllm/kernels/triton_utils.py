@@ -24,7 +24,8 @@ else:
 HAS_TRITON = triton is not None
 if not HAS_TRITON:
     tl = SimpleNamespace(constexpr=object)
-HAS_GDC = HAS_TRITON and hasattr(tl.extra.cuda, "gdc_wait")  # since Triton 3.4
+# Before Triton 3.5 there is no tl.extra.cuda.gdc_wait, or one that cannot be called.
+HAS_GDC = HAS_TRITON and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)
 
 
 # Programmatic dependent launch (Hopper and later): a kernel may start while its predecessor drains, and waits for the
