@@ -20,17 +20,14 @@ MODELS = {
 }
 
 
-def find_architecture(architectures: Any) -> str:
-    """The supported one among a config's `architectures`; raises ValueError, naming what is supported, if none is."""
-    for name in MODELS:
-        if isinstance(architectures, list) and name in architectures:
-            return name
-    raise ValueError(f"architectures={architectures!r} is not supported; supported: a list with {' or '.join(MODELS)}")
-
-
 def get_model_class(hf_config: Any) -> type:
     """The class for a Hugging Face config; raises ValueError, naming what is supported, if there is none."""
-    name = find_architecture(getattr(hf_config, "architectures", None))
+    architectures = getattr(hf_config, "architectures", None)
+    name = next((name for name in MODELS if isinstance(architectures, list) and name in architectures), None)
+    if name is None:
+        raise ValueError(
+            f"architectures={architectures!r} is not supported; supported: a list with {' or '.join(MODELS)}"
+        )
     if getattr(hf_config, "quantization_config", None):  # its tensors would not mean what their names say
         raise ValueError(f"{name} with quantized weights (quantization_config) is not supported; only plain ones are")
     if any(kind != "full_attention" for kind in getattr(hf_config, "layer_types", None) or []) or (

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from nanovllm.models.qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3ForCausalLM
+from nanovllm.models.qwen3 import Qwen3Attention, Qwen3ForCausalLM
 
 
 class Qwen2Attention(Qwen3Attention):
@@ -12,9 +12,5 @@ class Qwen2Attention(Qwen3Attention):
         return True, False
 
 
-class Qwen2DecoderLayer(Qwen3DecoderLayer):
-    attention_class = Qwen2Attention
-
-
 class Qwen2ForCausalLM(Qwen3ForCausalLM):
-    layer_class = Qwen2DecoderLayer
+    attention_class = Qwen2Attention

@@ -75,11 +75,11 @@ class Qwen3MLP(nn.Module):
 
 
 class Qwen3DecoderLayer(nn.Module):
-    attention_class: type[Qwen3Attention] = Qwen3Attention
-
-    def __init__(self, config: Any, rotary_emb: RotaryEmbedding, tp: TensorParallel):
+    def __init__(
+        self, config: Any, attention_class: type[Qwen3Attention], rotary_emb: RotaryEmbedding, tp: TensorParallel
+    ):
         super().__init__()
-        self.self_attn = self.attention_class(config, rotary_emb, tp)
+        self.self_attn = attention_class(config, rotary_emb, tp)
         self.mlp = Qwen3MLP(config, tp)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -99,11 +99,13 @@ class Qwen3DecoderLayer(nn.Module):
 
 class Qwen3Model(nn.Module):
     def __init__(
-        self, config: Any, layer_class: type[Qwen3DecoderLayer], rotary_emb: RotaryEmbedding, tp: TensorParallel
+        self, config: Any, attention_class: type[Qwen3Attention], rotary_emb: RotaryEmbedding, tp: TensorParallel
     ):
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
-        self.layers = nn.ModuleList(layer_class(config, rotary_emb, tp) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Qwen3DecoderLayer(config, attention_class, rotary_emb, tp) for _ in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -116,7 +118,7 @@ class Qwen3Model(nn.Module):
 
 
 class Qwen3ForCausalLM(nn.Module):
-    layer_class: type[Qwen3DecoderLayer] = Qwen3DecoderLayer
+    attention_class: type[Qwen3Attention] = Qwen3Attention
     # Checkpoint names -> the fused parameter that holds them, and which part of it.
     packed_modules_mapping: ClassVar[dict[str, tuple[str, str | int]]] = {
         "q_proj": ("qkv_proj", "q"),
@@ -129,7 +131,7 @@ class Qwen3ForCausalLM(nn.Module):
     def __init__(self, config: Any, max_position: int, device: torch.device, tp: TensorParallel):
         super().__init__()
         rotary_emb = get_rope(config, head_dim(config), max_position, device)
-        self.model = Qwen3Model(config, self.layer_class, rotary_emb, tp)
+        self.model = Qwen3Model(config, self.attention_class, rotary_emb, tp)
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, tp)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
