@@ -1,7 +1,6 @@
 """What users pass in -> requests. Everything is checked here, before anything is queued; called by the engine."""
 
 import copy
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,14 @@ import numpy as np
 import transformers
 
 from nanovllm.config import Config
+from nanovllm.engine.chat_template import apply_chat_template
 from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.structured import GrammarCompiler
 from nanovllm.inputs import TextPrompt, TokensPrompt
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.loader import read_json
-from nanovllm.utils.validation import WrongTypeError, check_bool
+from nanovllm.utils.validation import WrongTypeError
 
 Prompt = str | list[int] | TextPrompt | TokensPrompt | dict[str, Any]
 
@@ -100,35 +100,9 @@ class InputProcessor:
         return request
 
     def apply_chat_template(self, messages: Any, chat_template_kwargs: Any, **kwargs: Any) -> list[dict[str, Any]]:
-        """One conversation or a list of them -> prompts, by the template's own words.
-
-        transformers runs the template in a sandbox. It writes special tokens itself, so none are added to its text.
-        """
-        if not isinstance(messages, (list, tuple)):
-            raise WrongTypeError(f"messages must be a list, got {messages!r} of type {type(messages).__name__}")
-        conversations: Any = messages if messages and isinstance(messages[0], (list, tuple)) else [messages]
-        if self.tokenizer.chat_template is None and kwargs.get("chat_template") is None:
-            raise ValueError(
-                "this tokenizer has no chat template: pass chat_template=, or use generate() with a prompt"
-            )
-        more = {} if chat_template_kwargs is None else chat_template_kwargs
-        if not isinstance(more, dict):
-            raise WrongTypeError(f"chat_template_kwargs must be a dict, got {more!r} of type {type(more).__name__}")
-        for name in ("add_generation_prompt", "continue_final_message"):
-            check_bool(name, kwargs[name])
-        kwargs["tokenize"] = False
-        if taken := sorted(set(more) & {"conversation", *kwargs}):
-            raise ValueError(f"chat_template_kwargs contains {taken}, which is no variable of the template's own")
+        """One conversation or a list of them -> prompts. The template writes special tokens itself: none are added."""
         prompts = []
-        for conversation in conversations:
-            is_list = isinstance(conversation, (list, tuple)) and len(conversation) > 0
-            if not is_list or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in conversation):
-                raise WrongTypeError(f"messages must be lists of dicts with 'role' and 'content', got {conversation!r}")
-            plain = [as_templates_expect(message) for message in conversation]
-            try:
-                text = self.tokenizer.apply_chat_template(plain, **kwargs, **more)
-            except Exception as error:  # of many kinds: the template's own, the sandbox's, Python's
-                raise ValueError(f"the chat template cannot put these messages into words: {error}") from error
+        for text in apply_chat_template(self.tokenizer, messages, chat_template_kwargs, **kwargs):
             token_ids = self._encode(text, "what the chat template wrote", add_special_tokens=False)
             prompts.append({"prompt": text, "prompt_token_ids": token_ids})
         return prompts
@@ -247,35 +221,6 @@ class InputProcessor:
         if self._grammars is None:
             self._grammars = GrammarCompiler(self.tokenizer, self.config.hf_config.vocab_size, self.eos_token_ids)
         return self._grammars.compile(params.structured_outputs)
-
-
-def as_templates_expect(message: dict[str, Any]) -> dict[str, Any]:
-    """One of OpenAI's messages: of a content in parts the texts as one, of tool calls the arguments as objects."""
-    if isinstance(message.get("tool_calls"), (list, tuple)):
-        calls = [with_parsed_arguments(call) for call in message["tool_calls"]]
-        message = {**message, "content": message.get("content") or "", "tool_calls": calls}
-    content = message.get("content")
-    if isinstance(content, str) or (content is None and set(message) - {"role", "content"}):
-        return message
-    if not isinstance(content, (list, tuple)):
-        raise WrongTypeError(
-            f"the content of a message must be a string or a list of parts, got {content!r} from {message['role']!r}"
-        )
-    texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in content]
-    if wrong := [part for part, text in zip(content, texts, strict=True) if not isinstance(text, str)]:
-        raise ValueError(f"the content of a message has a part that is no text: {wrong[0]!r}; only text is understood")
-    return {**message, "content": "\n".join(texts)}
-
-
-def with_parsed_arguments(call: Any) -> Any:
-    function: Any = call.get("function") if isinstance(call, dict) else None
-    arguments = function.get("arguments") if isinstance(function, dict) else None
-    if not isinstance(arguments, str):
-        return call
-    try:
-        return {**call, "function": {**function, "arguments": json.loads(arguments) if arguments else {}}}
-    except ValueError as error:
-        raise ValueError(f"a tool call has arguments that are no JSON: {arguments!r}: {error}") from None
 
 
 def load_tokenizer(path: str) -> Any:
