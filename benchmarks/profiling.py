@@ -27,8 +27,10 @@ def host_profile(llm: LLM, case: Case, num_steps: int = 100) -> dict[str, float]
     runner: Any = llm.model_runner
     device = llm.config.device
     if device.type == "cpu":
-        runner.run_prefill = lambda batch: batch.rows  # row numbers do for token ids
-        runner.run_decode = lambda rows, max_context_len: rows
+        runner.forward_prefill = lambda batch, all_tokens: (batch.rows, None)  # row numbers do for logits and token ids
+        runner.forward_decode = lambda rows, max_context_len: (rows, rows, rows, rows)
+        runner.sample = lambda logits, *draws: logits
+        runner.advance = lambda *args: None
         llm.block_manager = llm.scheduler.block_manager = BlockManager(2**16, llm.block_manager.block_size)
         llm.input_processor.num_blocks = llm.block_manager.num_blocks
         llm.scheduler.reset(())  # nobody reads or writes a cache now, so there can be blocks for all

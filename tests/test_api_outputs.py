@@ -142,7 +142,7 @@ def test_logprobs_of_a_long_prompt(qwen3, budget):
 
     def counted(execute):
         def wrapped(step, seqs=None):
-            runs.extend(end - begin for begin, end in step.logprob_runs)
+            runs.extend(end - begin for _, _, begin, end in step.logprob_runs)
             return execute(step, seqs)
 
         return wrapped

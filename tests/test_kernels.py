@@ -789,7 +789,7 @@ def test_rows(device, dtype, max_blocks, block_size, monkeypatch):
         monkeypatch.setattr(request_state, "use_triton", lambda _, use_triton=use_triton: use_triton)
         gathered = request_state.gather_rows(rows, last_token, num_cached, tables, temperatures, seeds, block_size)
         after = last_token.clone(), num_cached.clone()
-        request_state.advance_rows(rows, gathered[1], tokens, *after)
+        request_state.advance_rows(rows, gathered.draw_positions, tokens, *after)
         assert after[1][-1] == 0
         results.append([*gathered, after[0][:-1], after[1]])
     for expected, actual in zip(*results, strict=True):

@@ -453,10 +453,7 @@ def test_a_plain_batch_takes_the_plain_path(qwen3):
 
         return raises
 
-    with (
-        replaced(llm.model_runner, "run_prefill_adjusted", forbidden),
-        replaced(llm.model_runner, "run_decode_adjusted", forbidden),
-    ):
+    with replaced(llm.model_runner, "sample_adjusted", forbidden):
         llm.generate([[1, 2], [3]], SamplingParams(max_tokens=5, ignore_eos=True), use_tqdm=False)
         with pytest.raises(AssertionError):
             llm.generate([[1, 2]], SamplingParams(max_tokens=5, top_k=2), use_tqdm=False)

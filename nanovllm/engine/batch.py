@@ -61,14 +61,13 @@ class StepInput:
     max_context_len: int
     # int64, one part after another. A decode step: rows [B], block updates [3, U]. A prefill step: input ids [T],
     # positions [T], slots [T], rows [B], context lens [B], cu_seqlens_q [B + 1], updates [3, U], seeds [B],
-    # temperatures [B] (float64), and last, for the host alone, logprob runs [2, L] (begins and ends within T).
+    # temperatures [B] (float64), and last, for the host alone, logprob runs [4, L], see `logprob_runs`.
     data: np.ndarray
 
     @property
-    def logprob_runs(self) -> list[tuple[int, int]]:
-        if not self.num_logprob_runs:
-            return []
-        return [(begin, end) for begin, end in self.data[-2 * self.num_logprob_runs :].reshape(2, -1).T.tolist()]
+    def logprob_runs(self) -> list[tuple[int, int, int, int]]:
+        """As `prompt_logprob_runs` found them."""
+        return [tuple(run) for run in self.data[len(self.data) - 4 * self.num_logprob_runs :].reshape(4, -1).T.tolist()]
 
 
 @dataclass(slots=True)
@@ -167,7 +166,7 @@ def prepare_prefill(seqs: list[Sequence]) -> StepInput:
         slots[begin:end] = table[own // seq.block_size - first_block] * seq.block_size + own % seq.block_size
     context_lens = [seq.num_cached_tokens + seq.num_scheduled_tokens for seq in seqs]
     updates = block_updates(seqs)
-    runs = [(begin, end) for _, _, begin, end in prompt_logprob_runs(seqs)]
+    runs = prompt_logprob_runs(seqs)
     parts: list[Any] = [
         input_ids,
         positions,

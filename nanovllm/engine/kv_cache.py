@@ -117,13 +117,14 @@ def measure_reserve(runner: "ModelRunner") -> int:
     lens = [num_tokens // num_seqs + (i < num_tokens % num_seqs) for i in range(num_seqs)]
     lens = [min(length, config.max_model_len) for length in lens]
     batch = dummy_prefill(lens, runner.state.padding_row, runner.device)
-    runner.run_prefill(batch)
+    logits, _ = runner.forward_prefill(batch)
+    runner.sample(logits, batch.temperatures, batch.seeds, batch.context_lens)
+    del logits
     draw_asking(runner, batch)
     if runner.graphs is None:  # at full length, of which a backend without kernels copies what it reads
         rows = torch.full((config.max_num_seqs,), runner.state.padding_row, device=runner.device)
         runner.state.num_cached_tokens.fill_(config.max_model_len - 1)
         runner.run_decode(rows, config.max_model_len)
-    runner.state.num_cached_tokens.zero_()  # or the padding row's next position would be past its block table
     torch.cuda.synchronize()
     reserve_bytes = torch.cuda.max_memory_allocated() - before
     torch.cuda.empty_cache()

@@ -23,7 +23,6 @@ from nanovllm.engine.batch import (
     prefill_batch,
     prepare_decode,
     prepare_prefill,
-    prompt_logprob_runs,
 )
 from nanovllm.engine.cuda_graph import DecodeGraphs
 from nanovllm.engine.kv_cache import block_bytes, check_cache_fits, choose_num_blocks, measure_reserve, new_cache
@@ -34,7 +33,7 @@ from nanovllm.engine.worker_group import WorkerGroup
 from nanovllm.kernels.request_state import advance_rows, gather_rows
 from nanovllm.kernels.sampling import gumbel_max
 from nanovllm.layers.attention import Attention
-from nanovllm.layers.sampler import Sampler, compute_logprobs
+from nanovllm.layers.sampler import LogprobsTensors, Sampler, compute_logprobs
 from nanovllm.models import build_model, get_model_class
 from nanovllm.utils.context import Context, clear_context, set_context
 from nanovllm.utils.distributed import TensorParallel
@@ -123,18 +122,29 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, step: StepInput, seqs: list[Sequence] | None = None) -> StepOutput:
         """This rank's part of a step. Rank 0 has the sequences, and with them what some rows ask for."""
+        batch: PrefillBatch | DecodeBatch
+        runs = None
         if step.is_prefill:
             batch = prefill_batch(step, self.device)
-            if step.is_plain:
-                return StepOutput(self.run_prefill(batch))
-            return self.run_prefill_adjusted(step, batch, seqs)
-        decode = self.last_decode = decode_batch(step, self.device, self.last_decode)
-        self.state.write_blocks(decode.block_updates)
-        if not step.is_plain:
-            return self.run_decode_adjusted(decode, seqs)
-        if self.graphs is not None:
-            return StepOutput(self.graphs.replay(decode.rows)[0])
-        return StepOutput(self.run_decode(decode.rows, decode.max_context_len))
+            logits, hidden_states = self.forward_prefill(batch, all_tokens=bool(step.num_logprob_runs))
+            temperatures, seeds, positions = batch.temperatures, batch.seeds, batch.context_lens
+            runs = self.prompt_logprobs(step, hidden_states, seqs)
+        else:
+            batch = self.last_decode = decode_batch(step, self.device, self.last_decode)
+            self.state.write_blocks(batch.block_updates)
+            if step.is_plain and self.graphs is not None:
+                return StepOutput(self.graphs.replay(batch.rows)[0])
+            if self.graphs is not None:
+                logits, temperatures, seeds, positions = self.graphs.replay(batch.rows, sample=False)
+            else:
+                logits, temperatures, seeds, positions = self.forward_decode(batch.rows, batch.max_context_len)
+        if step.is_plain:
+            output = StepOutput(self.sample(logits, temperatures, seeds, positions))
+        else:
+            output = self.sample_adjusted(logits, temperatures, seeds, positions, seqs)
+        self.advance(batch.rows, positions, output.token_ids)
+        output.prompt_logprobs = runs
+        return output
 
     def loop(self, next_step: Callable[[], StepInput | None]) -> None:
         """What a rank beside rank 0 does until it is told to end."""
@@ -148,49 +158,29 @@ class ModelRunner:
     def prepare_decode(self, seqs: list[Sequence]) -> StepInput:
         return prepare_decode(seqs)
 
-    def run_prefill(self, batch: PrefillBatch) -> torch.Tensor:
-        """Launch a step with prompts in it -> token ids [B] int64 on the device."""
-        logits, _ = self.forward_prefill(batch)
-        token_ids = self.sample(logits, batch.temperatures, batch.seeds, batch.context_lens)
-        self.state.last_token[batch.rows] = token_ids
-        return token_ids
-
     def run_decode(self, rows: torch.Tensor, max_context_len: int) -> torch.Tensor:
-        """The decode step of permanent `rows` [B] int64 -> token ids [B] int64; all on the device, to be captured."""
-        state = self.state
-        logits, positions, *draws = self.forward_decode(rows, max_context_len)
-        token_ids = self.sample(logits, *draws)
-        advance_rows(rows, positions, token_ids, state.last_token, state.num_cached_tokens)
+        """The plain decode step of permanent `rows` [B] int64 -> token ids [B] int64; what a graph captures."""
+        logits, temperatures, seeds, positions = self.forward_decode(rows, max_context_len)
+        token_ids = self.sample(logits, temperatures, seeds, positions)
+        self.advance(rows, positions, token_ids)
         return token_ids
 
-    def run_prefill_adjusted(self, step: StepInput, batch: PrefillBatch, seqs: list[Sequence] | None) -> StepOutput:
-        """`run_prefill` where some row asks for more than a temperature."""
-        logits, hidden_states = self.forward_prefill(batch, all_tokens=bool(step.num_logprob_runs))
+    def advance(self, rows: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """Note in the rows' state what was drawn, and where: every token before it is cached."""
+        advance_rows(rows, positions, token_ids, self.state.last_token, self.state.num_cached_tokens)
+
+    def prompt_logprobs(
+        self, step: StepInput, hidden_states: torch.Tensor, seqs: list[Sequence] | None
+    ) -> list[tuple[int, int, LogprobsTensors]]:
+        """Of each run of prompt tokens that is asked for, as `StepOutput` has them; rank 0 has them, all compute."""
         runs = []
-        wanted = prompt_logprob_runs(seqs) if seqs is not None else []
-        for i, (begin, end) in enumerate(step.logprob_runs):
-            run_logits = self.full_logits(self.model.compute_logits(hidden_states[begin:end]))
+        for row, first, begin, end in step.logprob_runs:
+            logits = self.full_logits(self.model.compute_logits(hidden_states[begin:end]))
             if seqs is not None:
-                row, first, _, _ = wanted[i]
                 token_ids = torch.tensor(seqs[row].token_ids[first : first + end - begin], device=self.device)
                 k = seqs[row].sampling_params.prompt_logprobs or 0
-                runs.append((row, first, compute_logprobs(run_logits, token_ids, k)))
-        output = self.sample_adjusted(logits, batch.temperatures, batch.seeds, batch.context_lens, seqs)
-        self.state.last_token[batch.rows] = output.token_ids
-        output.prompt_logprobs = runs
-        return output
-
-    def run_decode_adjusted(self, batch: DecodeBatch, seqs: list[Sequence] | None) -> StepOutput:
-        """`run_decode` where some row asks for more: the forward may be a graph, the sampling is not."""
-        state, rows = self.state, batch.rows
-        if self.graphs is not None:
-            logits, positions, *draws = self.graphs.replay(rows, sample=False)
-        else:
-            logits, positions, *draws = self.forward_decode(rows, batch.max_context_len)
-        temperatures, seeds, draw_positions = draws
-        output = self.sample_adjusted(logits, temperatures, seeds, draw_positions, seqs)
-        advance_rows(rows, positions, output.token_ids, state.last_token, state.num_cached_tokens)
-        return output
+                runs.append((row, first, compute_logprobs(logits, token_ids, k)))
+        return runs
 
     def sample(
         self, logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
@@ -238,7 +228,6 @@ class ModelRunner:
         state.write_blocks(batch.block_updates)
         state.temperatures[rows] = batch.temperatures
         state.seeds[rows] = batch.seeds
-        state.num_cached_tokens[rows] = batch.context_lens
         num_decodes, last_tokens = batch.num_decodes, batch.cu_seqlens_q[1:] - 1
         batch.input_ids[:num_decodes] = state.last_token[rows[:num_decodes]].clamp(min=0)
         context = Context(
@@ -257,9 +246,7 @@ class ModelRunner:
         return self.model.compute_logits(outputs), hidden_states
 
     def forward_decode(self, rows: torch.Tensor, max_context_len: int) -> tuple[torch.Tensor, ...]:
-        """-> logits [B, num_valid], the positions [B] int64 of the tokens that they follow, and what to draw with:
-        temperatures [B] float32, seeds and positions [B] int64.
-        """
+        """-> logits [B, num_valid], and what to draw with: temperatures [B] float32, seeds and positions [B] int64."""
         state = self.state
         inputs = gather_rows(
             rows, state.last_token, state.num_cached_tokens, state.block_tables, state.temperatures, state.seeds,
@@ -274,7 +261,7 @@ class ModelRunner:
             max_context_len=max_context_len,
         )
         logits = self.model.compute_logits(self.run_model(inputs.input_ids, inputs.positions, context))
-        return logits, inputs.positions, inputs.temperatures, inputs.seeds, inputs.draw_positions
+        return logits, inputs.temperatures, inputs.seeds, inputs.draw_positions
 
     def run_model(self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context) -> torch.Tensor:
         """input_ids, positions [T] int64 -> hidden states [T, hidden], or of the context's `output_tokens`."""

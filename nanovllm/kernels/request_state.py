@@ -1,4 +1,4 @@
-"""The decode step's first and last kernel: permanent rows to a batch's inputs, and its tokens back into the rows.
+"""A step's first and last kernel: permanent rows to a decode batch's inputs, and tokens back into the rows.
 
 Called by engine/model_runner.py inside the captured step. Some twenty indexing operations in two launches.
 """
@@ -33,7 +33,8 @@ def gather_rows(
     """What the requests in `rows` [B] int64 compute next: their newest token, which is not cached yet.
 
     Args:
-        last_token, num_cached_tokens, seeds: [R] int64; temperatures: [R] float32; block_tables: [R, max_blocks] int32.
+        last_token, num_cached_tokens, seeds: [R + 1] int64, one row more for padding; temperatures: [R + 1] float32;
+        block_tables: [R + 1, max_blocks] int32.
     """
     if not use_triton(rows):
         positions = num_cached_tokens[rows]
@@ -59,20 +60,22 @@ def gather_rows(
 
 def advance_rows(
     rows: torch.Tensor,
-    positions: torch.Tensor,
+    draw_positions: torch.Tensor,
     token_ids: torch.Tensor,
     last_token: torch.Tensor,
     num_cached_tokens: torch.Tensor,
 ) -> None:
-    """Note that the tokens at `positions` [B] are cached and that `token_ids` [B] follow; the last row stays at 0."""
+    """Note that `token_ids` [B] were drawn for `draw_positions` [B], before which everything is cached; the last row,
+    for padding, stays at 0."""
     if not use_triton(rows):
         last_token[rows] = token_ids
-        num_cached_tokens[rows] = positions + 1
+        num_cached_tokens[rows] = draw_positions
         num_cached_tokens[-1:].zero_()
         return
+    num_rows = len(last_token)
     _advance_kernel[(1,)](
-        rows, positions, token_ids, last_token, num_cached_tokens, rows.shape[0], len(last_token) - 1,
-        BLOCK=next_power_of_2(rows.shape[0]), num_warps=4, **launch_options(),
+        rows, draw_positions, token_ids, last_token, num_cached_tokens, rows.shape[0], num_rows - 1,
+        BLOCK=next_power_of_2(num_rows), num_warps=4, **launch_options(),  # compiled once, not for each batch size
     )  # fmt: skip
 
 
@@ -102,9 +105,10 @@ def _gather_kernel(
         tl.store(tables_ptr + i * num_blocks + cols, blocks, mask=cols < num_blocks)
 
 
-@jit(do_not_specialize=("batch_size", "padding_row"))
+# Of a step with prompts the rows and positions lie anywhere within what was copied.
+@jit(do_not_specialize=("rows_ptr", "draw_positions_ptr", "batch_size", "padding_row"))
 def _advance_kernel(
-    rows_ptr, positions_ptr, token_ids_ptr, last_token_ptr, num_cached_ptr, batch_size, padding_row,
+    rows_ptr, draw_positions_ptr, token_ids_ptr, last_token_ptr, num_cached_ptr, batch_size, padding_row,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program for all rows of the batch."""
@@ -112,7 +116,7 @@ def _advance_kernel(
     live = i < batch_size
     pdl_wait(PDL)
     rows = tl.load(rows_ptr + i, mask=live, other=0)
-    positions = tl.load(positions_ptr + i, mask=live, other=0)
+    positions = tl.load(draw_positions_ptr + i, mask=live, other=0)
     token_ids = tl.load(token_ids_ptr + i, mask=live, other=0)
     tl.store(last_token_ptr + rows, token_ids, mask=live)
-    tl.store(num_cached_ptr + rows, tl.where(rows == padding_row, 0, positions + 1), mask=live)
+    tl.store(num_cached_ptr + rows, tl.where(rows == padding_row, 0, positions), mask=live)
