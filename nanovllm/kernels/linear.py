@@ -39,9 +39,9 @@ def norm_linear(
     """
     if isinstance(x, PeerSum):
         normed, residual = all_reduce_rms_norm(x, residual, norm_weight, eps)
-        if normed.shape[0] == 1 and fits_gemv(weight):
+        if takes_gemv(normed, weight):
             return gemv_triton(normed, weight, gated), residual
-    elif use_triton(x) and x.shape[0] == 1 and x.dim() == 2 and fits_gemv(weight):
+    elif takes_gemv(x, weight):
         return norm_gemv_triton(x, residual, norm_weight, eps, weight, gated)
     elif residual is None:
         normed, residual = rms_norm(x, norm_weight, eps), x
@@ -58,7 +58,7 @@ def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """x [T, K] times weight [N, K]ᵀ, plus bias [N]: [T, N], written to `out` if given."""
-    if bias is None and use_triton(x) and x.dtype != torch.float32 and x.shape[0] == 1 and fits_gemv(weight):
+    if bias is None and takes_gemv(x, weight):
         return gemv_triton(x, weight, out=out)
     tiling = choose_tiling(x, weight) if bias is None else None
     if tiling is not None:
@@ -106,8 +106,11 @@ def norm_linear_torch(x, residual, norm_weight, eps, weight, gated=False):
 # ---- one row ----
 
 
-def fits_gemv(weight: torch.Tensor) -> bool:
-    """Whether a program can hold its rows of the weight in registers, and whole programs cover the output."""
+def takes_gemv(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether x is one row, and a program can hold its rows of the weight in registers, and whole programs cover the
+    output."""
+    if not use_triton(x) or x.dim() != 2 or x.shape[0] != 1:
+        return False
     return weight.shape[1] <= 32768 and weight.shape[0] % 8 == 0 and weight.stride(1) == 1
 
 

@@ -25,7 +25,7 @@ def qk_norm_rope_store(
         cos_sin: [max_position, head_dim] float32, cosines in the first half and sines in the second.
         q_weight, k_weight: [head_dim] of the per-head RMSNorm, or None for none.
         k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim].
-        slot_mapping: [T] int64, block · block_size + offset; a negative slot stores nothing.
+        slot_mapping: [T] int64, block · block_size + offset.
 
     Returns:
         q [T, num_heads, head_dim], normed and rotated, a view of `qkv`.
@@ -52,11 +52,8 @@ def qk_norm_rope_store_torch(qkv, positions, cos_sin, q_weight, k_weight, eps, k
         return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).to(x.dtype)
 
     q.copy_(rotate(q, q_weight))
-    k = rotate(k, k_weight)
-    stored = slot_mapping >= 0
-    slots = slot_mapping[stored]
-    k_cache.view(-1, num_kv_heads, head_dim).index_copy_(0, slots, k[stored])
-    v_cache.view(-1, num_kv_heads, head_dim).index_copy_(0, slots, v[stored])
+    k_cache.view(-1, num_kv_heads, head_dim).index_copy_(0, slot_mapping, rotate(k, k_weight))
+    v_cache.view(-1, num_kv_heads, head_dim).index_copy_(0, slot_mapping, v)
     return q
 
 
@@ -126,14 +123,13 @@ def _qk_norm_rope_store_kernel(
     q_live = is_q & in_half[None, :]
     tl.store(x_ptrs, rotated1, mask=q_live)
     tl.store(x_ptrs + D // 2, rotated2, mask=q_live)
-    if slot >= 0:
-        # Pointers of rows of other kinds run outside the slot; their masks are off.
-        k_ptrs = k_cache_ptr + slot * (NUM_KV_HEADS * D) + (heads - NUM_HEADS)[:, None] * D + cols[None, :]
-        k_live = is_k & in_half[None, :]
-        tl.store(k_ptrs, rotated1, mask=k_live)
-        tl.store(k_ptrs + D // 2, rotated2, mask=k_live)
-        v_heads = heads - NUM_HEADS - NUM_KV_HEADS
-        v_ptrs = v_cache_ptr + slot * (NUM_KV_HEADS * D) + v_heads[:, None] * D + cols[None, :]
-        v_live = is_v & in_half[None, :]
-        tl.store(v_ptrs, raw1, mask=v_live)
-        tl.store(v_ptrs + D // 2, raw2, mask=v_live)
+    # Pointers of rows of other kinds run outside the slot; their masks are off.
+    k_ptrs = k_cache_ptr + slot * (NUM_KV_HEADS * D) + (heads - NUM_HEADS)[:, None] * D + cols[None, :]
+    k_live = is_k & in_half[None, :]
+    tl.store(k_ptrs, rotated1, mask=k_live)
+    tl.store(k_ptrs + D // 2, rotated2, mask=k_live)
+    v_heads = heads - NUM_HEADS - NUM_KV_HEADS
+    v_ptrs = v_cache_ptr + slot * (NUM_KV_HEADS * D) + v_heads[:, None] * D + cols[None, :]
+    v_live = is_v & in_half[None, :]
+    tl.store(v_ptrs, raw1, mask=v_live)
+    tl.store(v_ptrs + D // 2, raw2, mask=v_live)
