@@ -38,7 +38,7 @@ from nanovllm import LLM, AsyncLLM, EngineDeadError, SamplingParams
 from nanovllm.engine import batch, engine_core, kv_cache, model_runner, worker_group
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.step_channel import FIELDS, StepChannel, max_step_size
+from nanovllm.engine.step_channel import FIELDS, HEADER, StepChannel, max_step_size
 from nanovllm.engine.step_output import PendingTokens
 from nanovllm.utils import nccl, threads
 from nanovllm.utils.distributed import TensorParallel, check_divisible
@@ -1039,19 +1039,19 @@ def test_in_a_notebook(qwen3):
 
 
 def test_the_largest_step_fits(qwen3):
-    """512 sequences that come with 40,000 cached tokens each, in one step."""
-    max_seqs, budget, block_size, length = 512, 4096, 16, 40000
+    """512 sequences that come with 39,998 cached tokens each, in one step of a token and its log probability each."""
+    max_seqs, block_size, length = 512, 16, 40000
     seqs = []
     for row in range(max_seqs):
         seq = Sequence([1] * length, SamplingParams(prompt_logprobs=1), length + 1, block_size)
         seq.block_table = [row * 2500 + i for i in range(2500)]
-        seq.row, seq.num_scheduled_tokens = row, budget // max_seqs
-        seq.num_cached_tokens = length - seq.num_scheduled_tokens
+        seq.row, seq.num_scheduled_tokens, seq.num_cached_tokens = row, 1, length - 2
         seqs.append(seq)
     step = batch.prepare_prefill(seqs)
     assert step.num_updates == 512 * 2500
-    size = max_step_size(budget, max_seqs, 2500)
-    assert len(step.data) <= size
+    assert step.num_logprob_runs == 512
+    size = max_step_size(max_seqs, max_seqs, 2500)
+    assert len(step.data) == size
     sender = StepChannel(2, size)
     receiver = StepChannel(2, size, os.dup(sender.fd))
     for _ in range(6):  # more than there are slots
@@ -1059,7 +1059,7 @@ def test_the_largest_step_fits(qwen3):
         sender.send(step)
         received = receiver.receive()
         receiver.done(1)
-        assert all(getattr(received, name) == getattr(step, name) for name in (*FIELDS, "is_prefill", "is_plain"))
+        assert all(getattr(received, name) == getattr(step, name) for name in FIELDS)
         assert (received.data == step.data).all()
     for _ in range(4):
         assert sender.has_room()
@@ -1076,7 +1076,7 @@ def test_what_cannot_have_been_sent_is_refused(field, value):
     seq = Sequence([1, 2], SamplingParams(), 9, 16)
     seq.block_table, seq.row, seq.num_scheduled_tokens = [0], 0, 2
     sender.send(batch.prepare_prefill([seq]))
-    header = sender.slots[0][: 5 + len(FIELDS)]
+    header = sender.slots[0][:HEADER]
     header[field] = value
     with pytest.raises(ValueError, match="step 1"):
         receiver.receive()

@@ -7,6 +7,7 @@ nothing can be left behind and nobody else can open it. Waking a rank up is not 
 import mmap
 import os
 import tempfile
+from dataclasses import fields
 
 import numpy as np
 
@@ -14,15 +15,14 @@ from nanovllm.engine.batch import StepInput
 
 NUM_SLOTS = 4  # rank 0 is never more than two steps ahead
 STEP, EXIT = 1, 2
-FIELDS = (
-    "num_rows", "num_tokens", "num_updates", "num_decodes", "num_logprob_runs", "max_seqlen_q", "max_context_len",
-)  # fmt: skip
-HEADER = 5 + len(FIELDS)  # sequence number, kind, is_prefill, is_plain, the fields, number of integers that follow
+FIELDS = tuple(field.name for field in fields(StepInput) if field.name != "data")
+HEADER = 3 + len(FIELDS)  # sequence number, kind, the fields, number of integers that follow
 
 
 def max_step_size(max_num_batched_tokens: int, max_num_seqs: int, max_blocks: int) -> int:
-    """Integers of the largest step there can be: every row new, with its whole block table."""
-    return 5 * max_num_batched_tokens + 6 * max_num_seqs + 1 + 3 * max_num_seqs * max_blocks
+    """Integers of the largest step there can be: every row new, with its whole block table, and every token's log
+    probability a run of its own. See `StepInput.data`."""
+    return (3 + 4) * max_num_batched_tokens + 5 * max_num_seqs + 1 + 3 * max_num_seqs * max_blocks
 
 
 def create_memory(size_bytes: int) -> int:
@@ -41,16 +41,13 @@ class StepChannel:
 
     def __init__(self, num_ranks: int, max_step_size: int, fd: int | None = None):
         """max_step_size: in integers of 8 bytes; fd: the memory that rank 0 has made, else this is rank 0."""
-        self.num_ranks = num_ranks
         self.slot_size = HEADER + max_step_size
         num_integers = 4 * num_ranks + NUM_SLOTS * self.slot_size
         self.fd = create_memory(8 * num_integers) if fd is None else fd
         self._mmap = mmap.mmap(self.fd, 8 * num_integers)
         integers = np.frombuffer(self._mmap, dtype=np.int64)
-        self.heartbeats = integers[:num_ranks]
-        self.num_done = integers[num_ranks : 2 * num_ranks]
-        self.progress = integers[2 * num_ranks : 3 * num_ranks]  # see TensorParallel
-        self.busy_s = integers[3 * num_ranks : 4 * num_ranks]
+        of_ranks = integers[: 4 * num_ranks].reshape(4, num_ranks)
+        self.heartbeats, self.num_done, self.progress, self.busy_s = of_ranks  # progress: see TensorParallel
         self.slots = integers[4 * num_ranks :].reshape(NUM_SLOTS, self.slot_size)
         self.num_sent = self.num_received = 0
 
@@ -66,7 +63,7 @@ class StepChannel:
         else:
             size = len(step.data)
             assert HEADER + size <= self.slot_size, "max_step_size is wrong"
-            slot[1:HEADER] = STEP, step.is_prefill, step.is_plain, *(getattr(step, name) for name in FIELDS), size
+            slot[1:HEADER] = STEP, *(getattr(step, name) for name in FIELDS), size
             slot[HEADER : HEADER + size] = step.data
         self.num_sent += 1
         slot[0] = self.num_sent
@@ -78,7 +75,7 @@ class StepChannel:
         """
         slot = self.slots[self.num_received % NUM_SLOTS]
         self.num_received += 1
-        number, kind, is_prefill, is_plain, *fields, size = slot[:HEADER].tolist()
+        number, kind, *values, size = slot[:HEADER].tolist()
         if number != self.num_received or kind not in (STEP, EXIT):
             raise ValueError(f"step {self.num_received}: the channel holds number {number} of kind {kind}")
         if kind == EXIT:
@@ -86,7 +83,7 @@ class StepChannel:
         if not 0 <= size <= self.slot_size - HEADER:
             raise ValueError(f"step {number}: {size} integers, where at most {self.slot_size - HEADER} fit")
         data = slot[HEADER : HEADER + size].copy()
-        return StepInput(bool(is_prefill), bool(is_plain), **dict(zip(FIELDS, fields)), data=data)
+        return StepInput(**dict(zip(FIELDS, values)), data=data)  # what was True is 1
 
     def done(self, rank: int) -> None:
         """The step received last has been taken up: its slot may be used again."""
