@@ -13,14 +13,14 @@ class SdpaBackend(AttentionBackend):
     supports_cuda_graph = False  # the gathered context is as long as the longest row, which changes every step
 
     def prepare(self, context: Context) -> None:
-        """`backend_data`: the cache slots of every row's context, [B, max_context_len] int64; lengths and starts as
-        ints; and the mask of the decodes, [num_decodes, their longest context] bool."""
+        """`backend_data`: the cache slots of every row's context, [B, max_context_len] int64; lengths as ints, and
+        starts where not all are decodes; and the mask of the decodes, [num_decodes, their longest context] bool."""
         offsets = torch.arange(context.max_context_len, device=context.block_tables.device)
         slots = context.block_tables[:, offsets // self.block_size].long() * self.block_size + offsets % self.block_size
         # A mask takes a weight to 0, but 0 · NaN is NaN: past its context a row reads its own first slot again.
         slots = slots.where(offsets < context.context_lens[:, None], slots[:, :1])
         lens = context.context_lens.tolist()
-        starts = list(range(len(lens) + 1)) if context.cu_seqlens_q is None else context.cu_seqlens_q.tolist()
+        starts = [] if context.cu_seqlens_q is None else context.cu_seqlens_q.tolist()
         longest = max(lens[: context.num_decodes], default=0)
         mask = offsets[:longest] < context.context_lens[: context.num_decodes, None]
         context.backend_data = slots, lens, starts, mask
@@ -40,7 +40,7 @@ class SdpaBackend(AttentionBackend):
 
 
 def decode(q, k_cache, v_cache, slots, mask, scale):
-    """One query token a row. q [B, num_heads, head_dim]; slots, mask [B, max_context_len] -> like q.
+    """One query token a row. q [B, num_heads, head_dim]; slots, mask [B, longest context] -> like q.
 
     The query heads that share a kv head become the query length of one attention, so that k and v are not repeated.
     """
@@ -59,12 +59,17 @@ def decode(q, k_cache, v_cache, slots, mask, scale):
 
 
 def prefill(q, k, v, scale):
-    """The last q_len tokens of one context. q [q_len, num_heads, head_dim]; k, v [len, num_kv_heads, head_dim]."""
-    q_len, context_len = q.shape[0], k.shape[0]
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    """The last q_len tokens of one context. q [q_len, num_heads, head_dim]; k, v [len, num_kv_heads, head_dim] -> as q.
+
+    The query heads that share a kv head become a batch, over which k and v are expanded without a copy: `enable_gqa`
+    has no fast path on CPUs in torch 2.6, where it stores q_len · len scores for each head.
+    """
+    q_len, (context_len, num_kv_heads, _) = len(q), k.shape
+    q = q.unflatten(1, (num_kv_heads, -1)).permute(2, 1, 0, 3)  # [group, num_kv_heads, q_len, head_dim]
+    k, v = (x.transpose(0, 1).expand(len(q), -1, -1, -1) for x in (k, v))
     if q_len == context_len:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     else:
         mask = torch.ones(q_len, context_len, dtype=torch.bool, device=q.device).tril(context_len - q_len)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-    return out.squeeze(0).transpose(0, 1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out.permute(2, 1, 0, 3).flatten(1, 2)
