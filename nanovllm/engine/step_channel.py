@@ -14,9 +14,8 @@ import numpy as np
 from nanovllm.engine.batch import StepInput
 
 NUM_SLOTS = 4  # rank 0 is never more than two steps ahead
-STEP, EXIT = 1, 2
 FIELDS = tuple(field.name for field in fields(StepInput) if field.name != "data")
-HEADER = 3 + len(FIELDS)  # sequence number, kind, the fields, number of integers that follow
+HEADER = 2 + len(FIELDS)  # number of integers that follow, number of the step, its fields
 
 
 def max_step_size(max_num_batched_tokens: int, max_num_seqs: int, max_blocks: int) -> int:
@@ -55,31 +54,25 @@ class StepChannel:
         """Whether every other rank has taken up the step whose slot comes next."""
         return bool(self.num_sent - self.num_done[1:].min() < NUM_SLOTS)
 
-    def send(self, step: StepInput | None) -> None:
-        """For rank 0, when there is room; None tells the ranks to end."""
+    def send(self, step: StepInput) -> None:
+        """For rank 0, when there is room."""
         slot = self.slots[self.num_sent % NUM_SLOTS]
-        if step is None:
-            slot[1] = EXIT
-        else:
-            size = len(step.data)
-            assert HEADER + size <= self.slot_size, "max_step_size is wrong"
-            slot[1:HEADER] = STEP, *(getattr(step, name) for name in FIELDS), size
-            slot[HEADER : HEADER + size] = step.data
         self.num_sent += 1
-        slot[0] = self.num_sent
+        size = len(step.data)
+        assert HEADER + size <= self.slot_size, "max_step_size is wrong"
+        slot[:HEADER] = size, self.num_sent, *(getattr(step, name) for name in FIELDS)
+        slot[HEADER : HEADER + size] = step.data
 
-    def receive(self) -> StepInput | None:
+    def receive(self) -> StepInput:
         """For another rank, once it has been woken up. The step's data are a copy.
 
         Raises ValueError for what rank 0 can never have sent.
         """
         slot = self.slots[self.num_received % NUM_SLOTS]
         self.num_received += 1
-        number, kind, *values, size = slot[:HEADER].tolist()
-        if number != self.num_received or kind not in (STEP, EXIT):
-            raise ValueError(f"step {self.num_received}: the channel holds number {number} of kind {kind}")
-        if kind == EXIT:
-            return None
+        size, number, *values = slot[:HEADER].tolist()
+        if number != self.num_received:
+            raise ValueError(f"step {self.num_received}: the channel holds number {number}")
         if not 0 <= size <= self.slot_size - HEADER:
             raise ValueError(f"step {number}: {size} integers, where at most {self.slot_size - HEADER} fit")
         data = slot[HEADER : HEADER + size].copy()

@@ -62,10 +62,10 @@ def main() -> None:
 
 
 def wait_on(sock: socket.socket, channel: StepChannel, rank: int) -> Callable[[], StepInput | None]:
-    """Sleeps until the next step; None at the end."""
+    """Sleeps until the next step; None when there will be no other."""
 
     def next_step() -> StepInput | None:
-        if not sock.recv(1):
+        if not sock.recv(1):  # rank 0 has shut its side down
             return None
         step = channel.receive()
         channel.done(rank)

@@ -1,8 +1,8 @@
 """Rank 0's side of the other tensor-parallel ranks: they start, are told of steps, die and end. Used by the runner.
 
 Each of them (engine/worker.py) is a process of its own, started as a program, so that no script needs a `__main__`
-guard. It inherits three files: a socket (a byte wakes it up; it answers in JSON), the memory of the step channel, and
-the read end of a pipe that closes when rank 0's process ends, however that happens.
+guard. It inherits three files: a socket (a byte wakes it up, the end of file ends it; it answers in JSON), the memory
+of the step channel, and the read end of a pipe that closes when rank 0's process ends, however that happens.
 """
 
 import json
@@ -296,11 +296,11 @@ class WorkerGroup:
     def _end_kindly(self) -> None:
         if self.failure is not None or min(self.states[1:]) < STATES.index("started"):
             return
-        if self.channel.num_sent > self.channel.num_done[1:].min():
+        if self.channel.num_sent > self.channel.num_done[1:].min():  # nobody needs these steps any more
             return
         with suppress(subprocess.TimeoutExpired, OSError):
-            self.channel.send(None)
-            self._wake()
+            for sock in self.sockets:
+                sock.shutdown(socket.SHUT_WR)  # `close` would not do where a fork holds a copy
             deadline = time.monotonic() + END_S
             for process in self.processes:
                 process.wait(timeout=max(0.0, deadline - time.monotonic()))
