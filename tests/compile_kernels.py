@@ -112,7 +112,7 @@ def launch_attention(model: SimpleNamespace, dtype: torch.dtype, block_size: int
         cu_seqlens, lens = int32(0, num_tokens // 2, num_tokens), int32(num_tokens, num_tokens)
         attention_prefill.paged_attention_prefill(q(num_tokens), k, v, tables, cu_seqlens, lens, scale, num_tokens // 2)
     plan = attention_invariant.plan_invariant(
-        int32(0, 1, 9), int32(300, 9), 1, 9, model.heads, model.head_dim, model.kv_heads, 700
+        int32(0, 1, 9), int32(300, 9), 1, 9, model.heads, model.kv_heads, model.head_dim, 700
     )
     attention_invariant.paged_attention_invariant(q(9), k, v, tables, int32(0, 1, 9), int32(300, 9), scale, plan)
 

@@ -10,10 +10,9 @@ class InvariantBackend(AttentionBackend):
     def prepare(self, context: Context) -> None:
         """`backend_data`: the step's plan; on a CPU None, since the kernel's twin does without."""
         if use_triton(context.context_lens):
-            num_heads, num_kv_heads, head_dim = self.heads
             context.backend_data = plan_invariant(
-                context.cu_seqlens_q, context.context_lens, context.num_decodes, len(context.slot_mapping), num_heads,
-                head_dim, num_kv_heads, context.max_context_len,
+                context.cu_seqlens_q, context.context_lens, context.num_decodes, len(context.slot_mapping),
+                *self.heads, context.max_context_len,
             )  # fmt: skip
 
     def forward(self, q, k_cache, v_cache, scale, context):

@@ -97,8 +97,8 @@ def plan_invariant(
     num_decodes: int,
     num_tokens: int,
     num_heads: int,
-    head_dim: int,
     num_kv_heads: int,
+    head_dim: int,
     max_context_len: int,
 ) -> InvariantPlan:
     """Plan a step of B sequences with num_tokens queries, of which the first num_decodes have one each.
