@@ -53,8 +53,8 @@ def answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams) -> 
     return text
 
 
-def chat(llm: LLM, args: argparse.Namespace, params: SamplingParams) -> None:
-    beginning = [{"role": "system", "content": args.system}] if args.system else []
+def chat(llm: LLM, beginning: list[dict[str, str]], params: SamplingParams) -> None:
+    """Questions from the terminal, each answered with all before it, until Ctrl-D."""
     messages = list(beginning)
     while True:
         try:
@@ -85,11 +85,11 @@ def main(argv: list[str] | None = None) -> None:
         params = make_params(llm, args)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
+    beginning = [{"role": "system", "content": args.system}] if args.system else []
     with llm:
         if args.prompt is None:
-            chat(llm, args, params)
+            chat(llm, beginning, params)
             return
-        beginning = [{"role": "system", "content": args.system}] if args.system else []
         try:
             answer(llm, [*beginning, {"role": "user", "content": args.prompt}], params)
         except ValueError as error:
