@@ -1,4 +1,4 @@
-"""How often each sequence has used each token, kept on the device for the penalties. Owned by rank 0's model runner."""
+"""How often each sequence has used each token, on the device, for the penalties. Each rank has one; rank 0 fills it."""
 
 import numpy as np
 import torch

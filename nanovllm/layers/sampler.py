@@ -1,7 +1,7 @@
 """Logits to one token a row. Rows that ask for more than a temperature have their logits adjusted first.
 
-The order is vLLM's: allowed -> bad words -> min_tokens -> bias -> penalties -> temperature -> min-p -> top-k ->
-top-p -> draw. Everything before the temperature changes logits; the filters after it only take tokens out.
+The order is vLLM's: allowed and grammar -> bad words -> min_tokens -> bias -> callables -> penalties -> temperature ->
+min-p -> top-k -> top-p -> draw. All before the temperature change logits; the filters after it only take tokens out.
 """
 
 from collections.abc import Callable, Sequence
