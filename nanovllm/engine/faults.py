@@ -76,8 +76,10 @@ def name_requests(request_ids: list[int]) -> str:
 
 
 def add_note(error: Exception, note: str) -> None:
-    """`error.add_note`, which Python 3.10 lacks: there the note joins the message, if that is all `error` has."""
+    """`error.add_note`, which Python 3.10 lacks. Its tracebacks print no notes, hence one joins a message of text."""
     if sys.version_info >= (3, 11):
         error.add_note(note)
     elif len(error.args) == 1 and isinstance(error.args[0], str):
         error.args = (f"{error.args[0]}\n{note}",)
+    else:
+        vars(error).setdefault("__notes__", []).append(note)
