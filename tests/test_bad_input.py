@@ -704,33 +704,47 @@ class InterruptAtLine:
             self.count += 1
             if self.count == self.n:
                 self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
-                self.source = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+                self.source = linecache.getline(frame.f_code.co_filename, frame.f_lineno or 0).strip()
                 sys.settrace(None)
                 raise KeyboardInterrupt
         return self.on_line
 
 
 class Scenario:
-    """Two requests of others, one of which ends while `generate` serves three of its own."""
+    """Two requests of others, the second of which ends while `generate` serves three of its own.
 
-    prompts = ([7] * 20, [5, 6], [1, 2, 3], [4] * 17, [8])
-    lengths = (9, 3, 2, 5, 4)
+    Others end by a stop string and a stop token, and would go on if that were missed; its own end by their length.
+    """
+
+    prompts = ([7] * 20, [6], [1, 2, 3], [4] * 17, [8])
+    lengths = (2, 5, 4)
 
     def __init__(self, checkpoint: Checkpoint, depth: int):
         self.checkpoint = checkpoint
         self.llm = checkpoint.llm(num_kvcache_blocks=12, max_num_batched_tokens=24, max_num_seqs=4)
         self.llm.depth = depth
-        self.expected = [
-            tokens[:n] for (tokens, _), n in zip(checkpoint.answers(list(self.prompts), 64), self.lengths, strict=True)
+        first, second, *own = [tokens for tokens, _ in checkpoint.answers(list(self.prompts), 64)]
+        texts = [self.llm.tokenizer.decode(token, skip_special_tokens=True) for token in first]
+        at = next(i for i in range(8, 40) if texts[i].strip("\ufffd") and texts[i] not in texts[:i])
+        end = next(i for i in range(2, 6) if second[i] not in second[:i])
+        self.params = [
+            dataclasses.replace(greedy(at + 9), stop=[texts[at]]),
+            dataclasses.replace(greedy(end + 9), stop_token_ids=[second[end]]),
         ]
+        self.expected = [first[: at + 1], second[: end + 1], *[tokens[:n] for tokens, n in zip(own, self.lengths)]]
+        outputs = self.llm.generate(list(self.prompts[:2]), self.params, use_tqdm=False)
+        assert [output["token_ids"] for output in outputs] == self.expected[:2]
+        self.completions = [output.outputs for output in outputs]
+        assert [completion.stop_reason for (completion,) in self.completions] == [texts[at], second[end]]
 
     def start(self) -> list[int]:
-        others = [self.llm.add_request(self.prompts[i], greedy(self.lengths[i])) for i in range(2)]
+        others = [self.llm.add_request(self.prompts[i], self.params[i]) for i in range(2)]
+        self.requests = [self.llm._requests[i] for i in others]
         self.llm.step()
         return others
 
     def generate(self) -> list[list[int]]:
-        outputs = self.llm.generate(list(self.prompts[2:]), [greedy(n) for n in self.lengths[2:]], use_tqdm=False)
+        outputs = self.llm.generate(list(self.prompts[2:]), [greedy(n) for n in self.lengths], use_tqdm=False)
         return [output["token_ids"] for output in outputs]
 
     def problem(self, others: list[int], at_once: bool = True) -> str | None:
@@ -748,6 +762,8 @@ class Scenario:
                 return f"{2 - len(done)} of the other requests were never reported"
             if [done[i] for i in others] != self.expected[:2]:
                 return "other requests got wrong tokens"
+            if [request.output().outputs for request in self.requests] != self.completions:
+                return "other requests got another text or end"
             if self.generate() != self.expected[2:]:
                 return "the next call got wrong tokens"
             assert_idle(llm)
@@ -760,7 +776,7 @@ class StreamScenario(Scenario):
     """The three as a stream, one of them with a callable."""
 
     def generate(self) -> list[list[int]]:
-        params = [greedy(n) for n in self.lengths[2:]]
+        params = [greedy(n) for n in self.lengths]
         params[0] = dataclasses.replace(params[0], logits_processors=[lambda output_ids, logits: logits])
         found: dict[int, list[int]] = {}
         for delta in self.llm.stream(list(self.prompts[2:]), params):
@@ -913,13 +929,14 @@ def test_ctrl_c_where_a_stream_of_others_is_told(qwen3):
 
 
 class InterruptIn(InterruptAtLine):
-    """Only in the engine's functions of these names, and in contextlib on their way; also at "return"s, if asked to."""
+    """Only in the engine's functions of these names, and in contextlib on their way; at other `events`, if asked to."""
 
     def __init__(self, n: int, places: str, events: str = "line"):
         super().__init__(n)
         self.places, self.events = places.split(), events.split()
 
     def on_call(self, frame: Any, event: str, arg: Any) -> Any:
+        frame.f_trace_opcodes = "opcode" in self.events
         place = frame.f_back if Path(frame.f_code.co_filename).name == "contextlib.py" else frame
         return super().on_call(place, event, arg) if place.f_code.co_name in self.places else None
 
@@ -984,6 +1001,40 @@ def test_ctrl_c_in_a_step_loses_no_result(qwen3, depth):
 
     places = f"{LOCK} advance _step _finish _report _abort_all take_finished"
     assert at_lines(loop, (InterruptIn(n, places) for n in range(1, 2000))) > 100
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_ctrl_c_where_a_request_ends(qwen3, depth):
+    """By a stop token, a stop string, its length, or two of them: it gets no token more, and ends no other way.
+
+    At each instruction, since a line may call what a signal comes in: a property is enough.
+    """
+    llm = qwen3.llm()
+    llm.depth = depth
+    prompts = [[token] for token in range(1, 200)]
+    tokens = [output["token_ids"][0] for output in llm.generate(prompts, greedy(1), use_tqdm=False)]
+    texts = [llm.tokenizer.decode(token, skip_special_tokens=True) for token in tokens]
+    prompt, token, text = next(found for found in zip(prompts, tokens, texts) if found[2].strip("\ufffd"))
+    params = [
+        dataclasses.replace(greedy(3), stop_token_ids=[token]),
+        dataclasses.replace(greedy(3), stop=[text], include_stop_str_in_output=True),
+        dataclasses.replace(greedy(1), stop=[text]),
+        greedy(1),
+    ]
+    expected = [output.outputs for output in llm.generate([prompt] * 4, params, use_tqdm=False)]
+    assert [completion.stop_reason for (completion,) in expected] == [token, text, text, None]
+    assert [completion.token_ids for (completion,) in expected] == [[token]] * 4
+
+    def loop(interrupt: InterruptAtLine) -> None:
+        requests = [llm._requests[llm.add_request(prompt, param)] for param in params]
+        with interrupt, contextlib.suppress(KeyboardInterrupt):
+            while not llm.is_finished():
+                llm.step()
+        drain(llm, 20)
+        assert [request.output().outputs for request in requests] == expected, interrupt.where
+
+    places = "finish last_token _stop is_whole"
+    assert at_lines(loop, (InterruptIn(n, places, "opcode") for n in range(1, 5000))) > 300
 
 
 @pytest.mark.parametrize("use", ["generate", "stream", "close", "add_request", "step", "abort", "reset_prefix_cache"])

@@ -208,8 +208,9 @@ class EngineCore:
         survivors = []
         for request in list(self._requests.values()):
             for seq in request.seqs:
-                # One that the scheduler ended by its length may have a stop string at its very end.
-                if seq.finish_reason in (None, "length") and (end := seq.find_end()):
+                # One that the scheduler ended by its length may have a stop string at its very end. Of one that has not
+                # ended the tokens alone are asked, whatever the interruption left in its other fields.
+                if (not seq.is_finished or seq.finish_reason == "length") and (end := seq.find_end()):
                     seq.finish(end)
                 if seq.is_finished:  # but perhaps nobody was told
                     self._finish(seq)

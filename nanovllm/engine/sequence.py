@@ -162,10 +162,10 @@ class Sequence:
 
     def finish(self, reason: str) -> None:
         self.num_tokens = len(self.token_ids)
-        self.finish_reason = reason
         if reason == "stop" and self.last_token in (self.sampling_params.stop_token_ids or ()):
             self.stop_reason = self.last_token
-        self.status = SequenceStatus.FINISHED  # last: whoever is interrupted before it has not ended
+        # Last, and no call between the two: whoever is interrupted before has not ended, and has no reason to have.
+        self.finish_reason, self.status = reason, SequenceStatus.FINISHED
 
     def rewind(self) -> None:
         """Back to the waiting queue with nothing computed and no unread token; the ids read so far are kept."""
