@@ -440,7 +440,31 @@ def test_broken_bytes_after_a_byte_that_was_given_out(qwen3, tmp_path):
         params = SamplingParams(temperature=2.0, seed=1, n=2, max_tokens=60, ignore_eos=True, skip_special_tokens=skip)
         expected, found = texts_of(llm, many_prompts(6), params)
         assert found == expected
+    # So does the token that ends it, where that is to be shown.
+    _, output = forced(llm, [b, newline, broken, the, b], stop_token_ids=[the], include_stop_str_in_output=True)
+    assert output["text"] == "b\n\ufffd the"
     assert_idle(llm)
+
+
+def test_a_finished_text_is_that_of_its_tokens():
+    """Though broken bytes make it another than one-shot decoding's: finished twice, with a last token not followed."""
+    tokenizer, rng, num_odd = byte_fallback_tokenizer(), random.Random(3), 0
+    odd = tokenizer.convert_tokens_to_ids(["<0x0A>", "<0xF0>", "<0xE2>", "<0x82>", "<0xAC>"])
+    for _ in range(2000):
+        ids = rng.choices([*odd, *odd, *range(len(tokenizer) + 1)], k=rng.randrange(1, 14))
+        params = SamplingParams(skip_special_tokens=rng.random() < 0.5)
+        whole = full_text(tokenizer, ids, params)
+        num_odd += whole != decode(tokenizer, ids, params)
+        for num_followed in (len(ids), len(ids) - 1):
+            detokenizer, text = Detokenizer(tokenizer, params), ""
+            for i in range(num_followed):
+                detokenizer.follow(ids[: i + 1], 0)
+                text += detokenizer.take()
+            for _ in range(2):
+                detokenizer.finish(ids)
+                text += detokenizer.take()
+                assert detokenizer.text == text == whole
+    assert num_odd > 300
 
 
 @pytest.mark.parametrize("skip", [True, False])

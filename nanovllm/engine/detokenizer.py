@@ -30,11 +30,13 @@ class Detokenizer:
         """Read what is new in `token_ids`, whose completion begins at `begin`; whether a stop string is complete."""
         for token_id in token_ids[begin + self.num_tokens :]:
             self.num_tokens += 1
-            if self._append(token_id):
+            start = len(self.text)
+            if self._append(token_id) and self.num_tokens >= self.params.min_tokens and self._find_stop(start):
                 return True
         return False
 
     def _append(self, token_id: int) -> bool:
+        """Whether the text has grown."""
         # A stream decodes all ids since its last piece again, which would be ever more of what shows nothing.
         if self._pending and self._is_passed_over(token_id):
             return False
@@ -43,9 +45,8 @@ class Detokenizer:
         if not piece:
             return False
         self._pending.clear()
-        start = len(self.text)
         self.text += piece
-        return self.num_tokens >= self.params.min_tokens and self._find_stop(start)
+        return True
 
     def _is_passed_over(self, token_id: int) -> bool:
         """Whether one-shot decoding leaves it out: a special token, or an id that the tokenizer does not know."""
@@ -80,13 +81,19 @@ class Detokenizer:
         return True
 
     def finish(self, token_ids: list[int]) -> None:
-        """No more tokens will come: what one-shot decoding shows of unfinished characters joins the text."""
+        """No more tokens will come: what one-shot decoding shows of unfinished characters joins the text.
+
+        So does the token that ended it, which `follow` has not seen, if that is to be shown. What is repeated after an
+        interruption comes to the same: the text is made of `token_ids` alone.
+        """
         if self.stopped_by is None:
             whole = decode(self.tokenizer, token_ids, self.params)
-            if whole.startswith(self.text):
-                self.text = whole
-            else:
-                self.text += decode(self.tokenizer, self._pending, self.params)
+            if not whole.startswith(self.text):
+                anew = Detokenizer(self.tokenizer, self.params)
+                for token_id in token_ids:
+                    anew._append(token_id)
+                whole = anew.text + decode(self.tokenizer, anew._pending, self.params)
+            self.text = whole
         self.held_back = 0
 
     def take(self) -> str:
