@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -40,7 +41,7 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_channel import FIELDS, StepChannel, max_step_size
 from nanovllm.engine.step_output import PendingTokens
-from nanovllm.utils import nccl, threads
+from nanovllm.utils import nccl, peer_memory, threads
 from nanovllm.utils.distributed import TensorParallel, check_divisible
 from nanovllm.utils.interrupts import deferred_interrupts
 
@@ -790,6 +791,25 @@ def test_nccl_meets_on_this_host_and_leaves_the_environment_alone(monkeypatch, g
     assert os.environ.get("NCCL_SOCKET_IFNAME") == given
 
 
+@pytest.mark.parametrize(("version", "name"), [("11.8", "so.11.0"), ("12.6", "so.12"), ("13.0", "so.13")])
+def test_cudas_runtime_is_found_beside_torch(monkeypatch, tmp_path, version, name):
+    path = tmp_path / "nvidia" / "of_cuda" / "lib" / f"libcudart.{name}"
+    path.parent.mkdir(parents=True)
+
+    def load(name: str) -> Any:
+        if name != str(path) or not path.exists():
+            raise OSError("no such file")
+        return types.SimpleNamespace(cudaGetErrorString=types.SimpleNamespace())
+
+    monkeypatch.setattr(torch, "__path__", [str(tmp_path / "torch")])
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    with pytest.raises(RuntimeError, match=f"uses {path.name}"):
+        peer_memory.library.__wrapped__()
+    path.touch()
+    assert peer_memory.library.__wrapped__().cudaGetErrorString.restype == ctypes.c_char_p
+
+
 def test_the_asyncio_engine(qwen3):
     """Its thread steps the ranks; a lost one reaches every task, and closing is as ever."""
     prompts = many_prompts(4, seed=11)
@@ -1008,9 +1028,9 @@ if child == 0:
     try:
         llm.generate([[1, 2, 3]], use_tqdm=False)
     except BaseException as error:
-        print(type(error).__name__, flush=True)
+        print(f"{type(error).__name__}\\n", end="", flush=True)  # at once, also with PYTHONUNBUFFERED
     time.sleep(600)
-print(child, flush=True)
+print(f"{child}\\n", end="", flush=True)
 time.sleep(600)
 """
 

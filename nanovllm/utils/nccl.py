@@ -5,7 +5,6 @@ each inside a captured step, and its watchdog ends the process when a peer dies,
 """
 
 import ctypes
-import glob
 import os
 import threading
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from nanovllm.utils.distributed import Communicator
+from nanovllm.utils.libraries import load_library
 from nanovllm.utils.peer_memory import PeerMemory, PeerSum, open_peer_memory
 
 DTYPES = {torch.int32: 2, torch.int64: 4, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}  # ncclDataType_t
@@ -31,18 +31,9 @@ class UniqueId(ctypes.Structure):
 
 @cache
 def library() -> Any:
-    """libnccl as torch has loaded it, or from the package nvidia-nccl beside torch."""
-    beside = os.path.join(os.path.dirname(torch.__path__[0]), "nvidia", "nccl*", "lib", "libnccl.so*")
-    for name in ["libnccl.so.2", *glob.glob(beside)]:
-        try:
-            nccl = ctypes.CDLL(name)
-        except OSError:
-            continue
-        nccl.ncclGetErrorString.restype = ctypes.c_char_p
-        return nccl
-    raise RuntimeError(
-        "tensor_parallel_size > 1 on CUDA needs NCCL, and neither torch nor nvidia-nccl brings libnccl.so.2"
-    )
+    nccl = load_library("libnccl.so.2")
+    nccl.ncclGetErrorString.restype = ctypes.c_char_p
+    return nccl
 
 
 def check(result: int) -> None:

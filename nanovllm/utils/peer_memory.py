@@ -5,10 +5,8 @@ behind them SLOTS slots of rows, into which its products are written, and from w
 """
 
 import ctypes
-import glob
 import importlib
 import logging
-import os
 import struct
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 
 from nanovllm.utils.distributed import Communicator
+from nanovllm.utils.libraries import load_library
 
 SLOTS = 3  # the embedding's, and two that take turns: no two sums in a row use the same
 FLAG_BYTES = 128  # a flag of 8 bytes to each rank, on a line of its own
@@ -36,15 +35,10 @@ class Handle(ctypes.Structure):
 
 @cache
 def library() -> Any:
-    """libcudart as torch has loaded it, or from the packages beside torch."""
-    name = f"libcudart.so.{str(torch.version.cuda).split('.')[0]}"
-    beside = os.path.join(os.path.dirname(torch.__path__[0]), "nvidia", "cu*", "lib", name)
-    for path in [name, *glob.glob(beside)]:
-        with suppress(OSError):
-            cudart = ctypes.CDLL(path)
-            cudart.cudaGetErrorString.restype = ctypes.c_char_p
-            return cudart
-    raise RuntimeError(f"{name} is not to be found")
+    version = str(torch.version.cuda).split(".")[0]
+    cudart = load_library(f"libcudart.so.{'11.0' if version == '11' else version}")
+    cudart.cudaGetErrorString.restype = ctypes.c_char_p
+    return cudart
 
 
 def check(result: int) -> None:
