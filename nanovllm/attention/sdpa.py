@@ -61,15 +61,18 @@ def decode(q, k_cache, v_cache, slots, mask, scale):
 def prefill(q, k, v, scale):
     """The last q_len tokens of one context. q [q_len, num_heads, head_dim]; k, v [len, num_kv_heads, head_dim] -> as q.
 
-    The query heads that share a kv head become a batch, over which k and v are expanded without a copy: `enable_gqa`
-    has no fast path on CPUs in torch 2.6, where it stores q_len · len scores for each head.
+    Of the query heads that share a kv head one at a time, so that k and v are not repeated. `enable_gqa` has no fast
+    path on CPUs in torch 2.6, where it stores q_len · len scores for each head; and k and v expanded without a copy are
+    read wrongly on CUDA by torch 2.12 (pytorch/pytorch#191937).
     """
-    q_len, (context_len, num_kv_heads, _) = len(q), k.shape
-    q = q.unflatten(1, (num_kv_heads, -1)).permute(2, 1, 0, 3)  # [group, num_kv_heads, q_len, head_dim]
-    k, v = (x.transpose(0, 1).expand(len(q), -1, -1, -1) for x in (k, v))
-    if q_len == context_len:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    else:
+    q_len, context_len, group = len(q), len(k), q.shape[1] // k.shape[1]
+    mask = None
+    if q_len < context_len:
         mask = torch.ones(q_len, context_len, dtype=torch.bool, device=q.device).tril(context_len - q_len)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return out.permute(2, 1, 0, 3).flatten(1, 2)
+    out = q.new_empty(q.shape)
+    q, k, v, heads = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v, out))  # [1, num_heads, q_len, head_dim]
+    for i in range(group):
+        heads[:, i::group] = F.scaled_dot_product_attention(
+            q[:, i::group], k, v, attn_mask=mask, is_causal=mask is None, scale=scale
+        )
+    return out
