@@ -78,6 +78,7 @@ def live(channel: StepChannel, rank: int, lifeline: int, parent: int, directory:
     """Show that this process is alive, and end it when rank 0's, the `parent`, has ended."""
     # A fork of rank 0's process keeps the other end of the lifeline open.
     while not readable([lifeline]) and os.getppid() == parent:
+        # Not the CPU time alone: in gVisor it moves in ticks of 10 ms, and a thread that wakes up seldom meets one.
         channel.heartbeats[rank] += 1
         channel.busy_s[rank] = int(time.process_time())
     shutil.rmtree(directory, ignore_errors=True)
