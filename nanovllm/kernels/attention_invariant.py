@@ -165,7 +165,7 @@ def paged_attention_invariant_triton(q, k_cache, v_cache, block_tables, context_
         scale * LOG2_E, plan.max_splits, q.stride(0), block_tables.stride(0),
         NUM_KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, QUERIES=queries, D=head_dim, PAGE=block_size,
         ITEM_FIELDS=ITEM_FIELDS, BLOCK_M=block_m, BLOCK=BLOCK, SPLIT=SPLIT,
-        num_warps=4, enable_fp_fusion=False, **options, **launch_options(),
+        num_warps=4, **options, **launch_options(fp_fusion=False),
     )  # fmt: skip
     return out
 

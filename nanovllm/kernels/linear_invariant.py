@@ -61,7 +61,7 @@ def linear_invariant_triton(x, weight, bias=None):
     _linear_kernel[grid](
         x, weight, weight if bias is None else bias, out, num_tokens,
         N=num_outputs, K=depth, HAS_BIAS=bias is not None, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        GROUP_M=8, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False, **launch_options(),
+        GROUP_M=8, num_warps=num_warps, num_stages=num_stages, **launch_options(fp_fusion=False),
     )  # fmt: skip
     return out
 

@@ -66,9 +66,11 @@ def can_triton(device: torch.device) -> bool:
     return HAS_TRITON and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def launch_options() -> dict[str, Any]:
-    """The keyword arguments of a launch that say whether it is a programmatic dependent one."""
-    return {"PDL": True, "launch_pdl": True} if has_pdl() else {"PDL": False}
+def launch_options(fp_fusion: bool = True) -> dict[str, Any]:
+    """The keyword arguments of a launch that say whether it is a programmatic dependent one, and whether the compiler
+    may contract products and sums: said each time, since Triton 3.9 warns that its default will change."""
+    pdl = {"PDL": True, "launch_pdl": True} if has_pdl() else {"PDL": False}
+    return {"enable_fp_fusion": fp_fusion, **pdl}
 
 
 @functools.cache
