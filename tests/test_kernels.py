@@ -562,7 +562,7 @@ def test_norm_gemv(device, dtype, outputs, depth, has_residual, gated):
     assert_close(linear.gemv_triton(x, weight), x @ weight.T, dtype)
 
 
-# float32 products stay with cuBLAS on a GPU, since tl.dot rounds to tf32.
+# float32 products of several rows stay with cuBLAS on a GPU, since tl.dot rounds to tf32.
 @pytest.mark.parametrize(("device", "dtype"), TARGETS[:3])
 @pytest.mark.parametrize(
     ("num_tokens", "block_m", "num_splits", "gated", "by_tma"),
@@ -775,15 +775,15 @@ def test_invariant_product(device, dtype, num_tokens, outputs, depth):
 
 
 @on_targets
-@pytest.mark.parametrize(("max_blocks", "block_size"), [(5, 16), (1, 256), (1030, 1)])
-def test_rows(device, dtype, max_blocks, block_size, monkeypatch):
-    last_token = torch.randint(-1, 50, (9,), device=device)
-    num_cached = torch.randint(0, max_blocks * block_size, (9,), device=device)
+@pytest.mark.parametrize(("max_blocks", "block_size", "num_rows"), [(5, 16, 8), (1, 256, 150), (1030, 1, 8)])
+def test_rows(device, dtype, max_blocks, block_size, num_rows, monkeypatch):
+    last_token = torch.randint(-1, 50, (num_rows + 1,), device=device)
+    num_cached = torch.randint(0, max_blocks * block_size, (num_rows + 1,), device=device)
     num_cached[-1] = 0
-    tables = torch.randint(0, 10**6, (9, max_blocks), dtype=torch.int32, device=device)
-    rows = torch.tensor([3, 0, 7, 8, 8], device=device)  # the last row pads
-    temperatures, seeds = torch.rand(9, device=device), random_rows(9, device)[0]
-    tokens = torch.arange(5, device=device)
+    tables = torch.randint(0, 10**6, (num_rows + 1, max_blocks), dtype=torch.int32, device=device)
+    rows = torch.cat([torch.randperm(num_rows)[3:], torch.tensor([num_rows, num_rows])]).to(device)  # the last row pads
+    temperatures, seeds = torch.rand(num_rows + 1, device=device), random_rows(num_rows + 1, device)[0]
+    tokens = torch.arange(len(rows), device=device)
     results = []
     for use_triton in (False, True):
         monkeypatch.setattr(request_state, "use_triton", lambda _, use_triton=use_triton: use_triton)

@@ -117,9 +117,8 @@ def measure_reserve(runner: "ModelRunner") -> int:
     lens = [num_tokens // num_seqs + (i < num_tokens % num_seqs) for i in range(num_seqs)]
     lens = [min(length, config.max_model_len) for length in lens]
     batch = dummy_prefill(lens, runner.state.padding_row, runner.device)
-    logits, _ = runner.forward_prefill(batch)
-    runner.sample(logits, batch.temperatures, batch.seeds, batch.context_lens)
-    del logits
+    # Nothing of it may stay, or it would be counted twice. Nobody advances: the padding row's position is still 0.
+    runner.sample(runner.forward_prefill(batch)[0], batch.temperatures, batch.seeds, batch.context_lens)
     draw_asking(runner, batch)
     if runner.graphs is None:  # at full length, of which a backend without kernels copies what it reads
         rows = torch.full((config.max_num_seqs,), runner.state.padding_row, device=runner.device)

@@ -132,7 +132,7 @@ class ModelRunner:
         else:
             batch = self.last_decode = decode_batch(step, self.device, self.last_decode)
             self.state.write_blocks(batch.block_updates)
-            if step.is_plain and self.graphs is not None:
+            if step.is_plain and self.graphs is not None:  # these draw and advance as well
                 return StepOutput(self.graphs.replay(batch.rows)[0])
             if self.graphs is not None:
                 logits, temperatures, seeds, positions = self.graphs.replay(batch.rows, sample=False)

@@ -72,10 +72,10 @@ def advance_rows(
         num_cached_tokens[rows] = draw_positions
         num_cached_tokens[-1:].zero_()
         return
-    num_rows = len(last_token)
-    _advance_kernel[(1,)](
-        rows, draw_positions, token_ids, last_token, num_cached_tokens, rows.shape[0], num_rows - 1,
-        BLOCK=next_power_of_2(num_rows), num_warps=4, **launch_options(),  # compiled once, not for each batch size
+    batch_size, block = rows.shape[0], 128
+    _advance_kernel[(-(-batch_size // block),)](
+        rows, draw_positions, token_ids, last_token, num_cached_tokens, batch_size, len(last_token) - 1,
+        BLOCK=block, num_warps=4, **launch_options(),
     )  # fmt: skip
 
 
@@ -111,8 +111,8 @@ def _advance_kernel(
     rows_ptr, draw_positions_ptr, token_ids_ptr, last_token_ptr, num_cached_ptr, batch_size, padding_row,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program for all rows of the batch."""
-    i = tl.arange(0, BLOCK)
+    """One program for BLOCK rows of the batch."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = i < batch_size
     pdl_wait(PDL)
     rows = tl.load(rows_ptr + i, mask=live, other=0)

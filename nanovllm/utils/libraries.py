@@ -14,4 +14,4 @@ def load_library(name: str) -> ctypes.CDLL:
     for path in [name, *glob.glob(beside)]:
         with suppress(OSError):
             return ctypes.CDLL(path)
-    raise RuntimeError(f"tensor_parallel_size > 1 on CUDA uses {name}, which neither torch nor its packages bring")
+    raise RuntimeError(f"{name}, which tensor_parallel_size > 1 uses on CUDA, is neither loaded nor beside torch")
