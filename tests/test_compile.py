@@ -19,4 +19,3 @@ def test_every_kernel_compiles(capability, tmp_path):
     command = [sys.executable, str(SCRIPT), capability]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGING_S)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "_few_rows_kernel" in run.stdout or capability < "9.0"
