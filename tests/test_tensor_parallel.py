@@ -804,7 +804,7 @@ def test_cudas_runtime_is_found_beside_torch(monkeypatch, tmp_path, version, nam
     monkeypatch.setattr(torch, "__path__", [str(tmp_path / "torch")])
     monkeypatch.setattr(torch.version, "cuda", version)
     monkeypatch.setattr(ctypes, "CDLL", load)
-    with pytest.raises(RuntimeError, match=f"uses {path.name}"):
+    with pytest.raises(RuntimeError, match=f"{path.name}, which tensor_parallel_size > 1 uses"):
         peer_memory.library.__wrapped__()
     path.touch()
     assert peer_memory.library.__wrapped__().cudaGetErrorString.restype == ctypes.c_char_p
