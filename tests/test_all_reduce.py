@@ -320,7 +320,7 @@ def test_all_ranks_share_memory_or_none_does(monkeypatch, fails):
     drivers, communicator = [FakeCuda(), FakeCuda(fails), FakeCuda()], Threads(3)
     drivers[1].is_without_atomics = fails == "atomics"
     driver = lambda: drivers[int(threading.current_thread().name)]  # noqa: E731
-    monkeypatch.setattr(peer_memory, "library", driver)
+    monkeypatch.setattr(peer_memory, "cudart", driver)
     monkeypatch.setattr(peer_memory, "as_tensor", lambda address, size, device: driver().blocks[address])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: None)
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)

@@ -757,7 +757,7 @@ def test_an_abort_does_not_hold_up_who_calls_nccl(monkeypatch):
             assert may_end.wait(HANGING_S)
             return 0
 
-    monkeypatch.setattr(nccl, "library", Library)
+    monkeypatch.setattr(nccl, "nccl", Library)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
     communicator = nccl.NcclCommunicator.__new__(nccl.NcclCommunicator)
     communicator.comm, communicator._lock = object(), threading.Lock()
@@ -782,7 +782,7 @@ def test_nccl_meets_on_this_host_and_leaves_the_environment_alone(monkeypatch, g
         def ncclCommInitRank(self, *args: Any) -> int:
             return self.ncclGetUniqueId(None)
 
-    monkeypatch.setattr(nccl, "library", Library)
+    monkeypatch.setattr(nccl, "nccl", Library)
     monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
     if given:
         monkeypatch.setenv("NCCL_SOCKET_IFNAME", given)
@@ -805,9 +805,9 @@ def test_cudas_runtime_is_found_beside_torch(monkeypatch, tmp_path, version, nam
     monkeypatch.setattr(torch.version, "cuda", version)
     monkeypatch.setattr(ctypes, "CDLL", load)
     with pytest.raises(RuntimeError, match=f"{path.name}, which tensor_parallel_size > 1 uses"):
-        peer_memory.library.__wrapped__()
+        peer_memory.cudart.__wrapped__()
     path.touch()
-    assert peer_memory.library.__wrapped__().cudaGetErrorString.restype == ctypes.c_char_p
+    assert peer_memory.cudart.__wrapped__().cudaGetErrorString.restype == ctypes.c_char_p
 
 
 def test_the_asyncio_engine(qwen3):

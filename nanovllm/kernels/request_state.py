@@ -1,6 +1,6 @@
 """A step's first and last kernel: permanent rows to a decode batch's inputs, and tokens back into the rows.
 
-Called by engine/model_runner.py inside the captured step. Some twenty indexing operations in two launches.
+Called by engine/model_runner.py, in a plain decode step inside its graph. Two launches for twenty indexing operations.
 """
 
 from typing import NamedTuple

@@ -30,15 +30,15 @@ class UniqueId(ctypes.Structure):
 
 
 @cache
-def library() -> Any:
-    nccl = load_library("libnccl.so.2")
-    nccl.ncclGetErrorString.restype = ctypes.c_char_p
-    return nccl
+def nccl() -> Any:
+    library = load_library("libnccl.so.2")
+    library.ncclGetErrorString.restype = ctypes.c_char_p
+    return library
 
 
 def check(result: int) -> None:
     if result:
-        raise RuntimeError(f"NCCL: {library().ncclGetErrorString(result).decode()}")
+        raise RuntimeError(f"NCCL: {nccl().ncclGetErrorString(result).decode()}")
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def make_unique_id() -> bytes:
     """What all ranks of one communicator must be given; made by rank 0."""
     unique_id = UniqueId()
     with on_this_host():
-        check(library().ncclGetUniqueId(ctypes.byref(unique_id)))
+        check(nccl().ncclGetUniqueId(ctypes.byref(unique_id)))
     return bytes(unique_id)
 
 
@@ -73,7 +73,7 @@ class NcclCommunicator(Communicator):
         self.comm: ctypes.c_void_p | None = ctypes.c_void_p()
         self._lock = threading.Lock()  # an abort comes from another thread
         with on_this_host():
-            check(library().ncclCommInitRank(ctypes.byref(self.comm), size, UniqueId.from_buffer_copy(unique_id), rank))
+            check(nccl().ncclCommInitRank(ctypes.byref(self.comm), size, UniqueId.from_buffer_copy(unique_id), rank))
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         self._call("ncclAllReduce", x, x, x.numel(), DTYPES[x.dtype], SUM)
@@ -105,7 +105,7 @@ class NcclCommunicator(Communicator):
         with self._lock:
             if self.comm is None:
                 raise RuntimeError("NCCL: the communicator has been aborted")
-            check(getattr(library(), name)(*pointers, ctypes.c_size_t(count), *args, self.comm, stream))
+            check(getattr(nccl(), name)(*pointers, ctypes.c_size_t(count), *args, self.comm, stream))
 
     def abort(self) -> None:
         if self.peers is not None:
@@ -116,7 +116,7 @@ class NcclCommunicator(Communicator):
         if locked:
             self._lock.release()  # at once: the abort may wait for graphs, which a thread at `_call` would never let go
         if comm is not None:
-            library().ncclCommAbort(comm)
+            nccl().ncclCommAbort(comm)
 
     def close(self) -> None:
         if self.peers is not None:

@@ -34,17 +34,17 @@ class Handle(ctypes.Structure):
 
 
 @cache
-def library() -> Any:
+def cudart() -> Any:
     version = str(torch.version.cuda).split(".")[0]
-    cudart = load_library(f"libcudart.so.{'11.0' if version == '11' else version}")
-    cudart.cudaGetErrorString.restype = ctypes.c_char_p
-    return cudart
+    library = load_library(f"libcudart.so.{'11.0' if version == '11' else version}")
+    library.cudaGetErrorString.restype = ctypes.c_char_p
+    return library
 
 
 def check(result: int) -> None:
     if result:
-        library().cudaGetLastError()  # or torch would find the error at its next call
-        raise RuntimeError(f"CUDA: {library().cudaGetErrorString(result).decode()}")
+        cudart().cudaGetLastError()  # or torch would find the error at its next call
+        raise RuntimeError(f"CUDA: {cudart().cudaGetErrorString(result).decode()}")
 
 
 def as_tensor(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:
@@ -116,12 +116,12 @@ def open_peer_memory(
         handle, regions = Handle(), [0] * size
         try:
             importlib.import_module("triton")  # in which the kernel is written
-            check(library().cudaSetDevice(device.index))  # should it not be the library that torch calls
+            check(cudart().cudaSetDevice(device.index))  # should it not be the library that torch calls
             regions[rank] = allocate(num_bytes, held)
             region = as_tensor(regions[rank], num_bytes, device)
             region.zero_()
             torch.cuda.synchronize(device)  # before a peer can know of it
-            check(library().cudaIpcGetMemHandle(ctypes.byref(handle), ctypes.c_void_p(regions[rank])))
+            check(cudart().cudaIpcGetMemHandle(ctypes.byref(handle), ctypes.c_void_p(regions[rank])))
         except (ImportError, RuntimeError) as error:
             problem = error
         handles = gather(problem is None, device.index, *struct.unpack("8q", bytes(handle)))
@@ -148,29 +148,29 @@ def open_peer_memory(
 def allocate(num_bytes: int, held: ExitStack) -> int:
     """Not by torch, whose segments may be of a kind that has no handle."""
     address = ctypes.c_void_p()
-    check(library().cudaMalloc(ctypes.byref(address), ctypes.c_size_t(num_bytes)))
-    held.callback(library().cudaFree, address)
+    check(cudart().cudaMalloc(ctypes.byref(address), ctypes.c_size_t(num_bytes)))
+    held.callback(cudart().cudaFree, address)
     return address.value or 0
 
 
 def check_atomics(device: int, peer: int) -> None:
     """With which a rank announces its summand: GPUs that reach each other over PCIe may not have them."""
     is_supported = ctypes.c_int()
-    check(library().cudaDeviceGetP2PAttribute(ctypes.byref(is_supported), NATIVE_ATOMICS, device, peer))
+    check(cudart().cudaDeviceGetP2PAttribute(ctypes.byref(is_supported), NATIVE_ATOMICS, device, peer))
     if not is_supported.value:
         raise RuntimeError(f"GPU {device} has no native atomic operations on the memory of GPU {peer}")
 
 
 def map_peer(handle: bytes, held: ExitStack) -> int:
     address = ctypes.c_void_p()
-    opened = library().cudaIpcOpenMemHandle(ctypes.byref(address), Handle.from_buffer_copy(handle), PEER_ACCESS)
+    opened = cudart().cudaIpcOpenMemHandle(ctypes.byref(address), Handle.from_buffer_copy(handle), PEER_ACCESS)
     check(opened)
-    held.callback(library().cudaIpcCloseMemHandle, address)
+    held.callback(cudart().cudaIpcCloseMemHandle, address)
     return address.value or 0
 
 
 def settle(device: torch.device) -> None:
     """Let every kernel end before memory goes: they end soon, having been told to."""
     with suppress(RuntimeError), torch.cuda.device(device):  # of a device that is lost
-        library().cudaSetDevice(device.index)
+        cudart().cudaSetDevice(device.index)
         torch.cuda.synchronize()
