@@ -202,10 +202,16 @@ class SamplingParams:
     @property
     def adjusts_logits(self) -> bool:
         """Whether the draw is from anything but softmax(logits / temperature)."""
-        return bool(
-            self.reads_tokens or self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
-            or self.min_tokens or self.logit_bias or self.allowed_token_ids
-        )  # fmt: skip
+        return self.changes_logits or self.has_filters
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether anything does before the temperature."""
+        return bool(self.reads_tokens or self.min_tokens or self.logit_bias or self.allowed_token_ids)
+
+    @property
+    def has_filters(self) -> bool:
+        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
 
 
 def check_list(name: str, value: Any, expected: str = "a list") -> list[Any]:

@@ -129,9 +129,8 @@ def launch_sampling() -> None:
     temperatures = empty(3, dtype=torch.float32)
     for dtype in (torch.bfloat16, torch.float32):
         sampling.gumbel_max(empty(3, 151936, dtype=dtype), temperatures, ints(3), ints(3))
-    for num_rows in (3, 129):
-        for top_k, top_p in ((ints(num_rows), None), (None, empty(num_rows, dtype=torch.float32))):
-            filtering.filter_top_k_top_p(empty(num_rows, 32064, dtype=torch.float32), top_k, top_p)
+        filters = filtering.Filters(ints(3), temperatures, temperatures)
+        filtering.filtered_argmax(empty(5, 151936, dtype=dtype), ints(3), temperatures, ints(3), ints(3), filters)
     state = ints(8), ints(8)
     tables = torch.zeros(8, 16, dtype=torch.int32)
     request_state.gather_rows(ints(3), *state, tables, empty(8, dtype=torch.float32), ints(8), 256)

@@ -27,7 +27,8 @@ from invariance import (
 from nanovllm import LLM, SamplingParams
 from nanovllm.attention.invariant import InvariantBackend
 from nanovllm.kernels import activation, linear_invariant, norm, sampling
-from nanovllm.layers.sampler import LogitsAdjustments, adjust_logits, compute_logprobs
+from nanovllm.kernels.filtering import Filters, apply_filters
+from nanovllm.layers.sampler import compute_logprobs
 
 PROMPT = random_prompt(random.Random(1), 70)
 
@@ -212,8 +213,8 @@ def test_sampling(vocab_size):
 
     def filtered(rows):
         n = len(rows)
-        args = {"top_k": torch.full((n,), 50), "top_p": torch.full((n,), 0.7), "min_p": torch.full((n,), 0.001)}
-        return adjust_logits(rows, LogitsAdjustments(torch.arange(n), torch.full((n,), 0.8), **args))
+        filters = Filters(torch.full((n,), 50), torch.full((n,), 0.7), torch.full((n,), 0.001))
+        return apply_filters(rows, torch.full((n,), 0.8), filters)
 
     def scores(rows):
         ones = torch.ones(len(rows), dtype=torch.int64)

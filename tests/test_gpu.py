@@ -36,7 +36,7 @@ from helpers import (
     teacher_forced,
 )
 from scipy import stats
-from test_sampler_pipeline import make_seq
+from test_sampler_pipeline import make_seq, what_is_left
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.attention import BACKENDS, why_not
@@ -44,7 +44,6 @@ from nanovllm.engine.adjustments import prepare_sample
 from nanovllm.engine.cuda_graph import batch_buckets
 from nanovllm.engine.step_output import TokenBuffers
 from nanovllm.engine.token_counts import TokenCounts
-from nanovllm.layers.sampler import adjust_logits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -280,7 +279,8 @@ def test_adjusted_logits_equal_the_cpus_over_a_large_vocabulary():
         counts = TokenCounts(16, vocab_size, device)
         for _ in range(2):  # from scratch, and with what is there already
             (adjustments,) = prepare_sample(seqs, counts)
-            adjusted.append(adjust_logits(logits.to(device, copy=True), adjustments).cpu())
+            temperatures = torch.tensor([seq.sampling_params.temperature for seq in seqs], device=device)
+            adjusted.append(what_is_left(logits.to(device, copy=True), adjustments, temperatures).cpu())
     assert torch.equal(adjusted[0], adjusted[1])
     assert torch.equal(adjusted[2], adjusted[3])
     kept = [rows > float("-inf") for rows in (adjusted[0], adjusted[2])]

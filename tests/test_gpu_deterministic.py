@@ -28,7 +28,8 @@ from test_gpu import Replays, qwen3_checkpoint
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels import activation, linear_invariant, norm, rope, sampling
-from nanovllm.layers.sampler import LogitsAdjustments, adjust_logits, compute_logprobs
+from nanovllm.kernels.filtering import Filters, filtered_argmax
+from nanovllm.layers.sampler import compute_logprobs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -140,11 +141,15 @@ def test_sampling(vocab_size):
         return torch.cat((found.chosen[:, None], found.ranks[:, None], found.top, found.top_ids), 1)
 
     def filtered(rows: torch.Tensor) -> torch.Tensor:
-        n = len(rows)
+        """Draws after filters, of which one looks at few tokens and one at all."""
+        n, drawn = len(rows), []
         full = lambda value: torch.full((n,), value, device="cuda")  # noqa: E731
-        rows_of = torch.arange(n, device="cuda")
-        asked = LogitsAdjustments(rows_of, full(0.8), top_k=full(5000 % vocab_size), top_p=full(0.7), min_p=full(0.001))
-        return adjust_logits(rows.float(), asked)
+        for top_k, top_p, min_p in ((50, 0.9, 0.001), (5000 % vocab_size, 0.7, 0.0), (vocab_size, 0.99, 0.0)):
+            filters = Filters(full(top_k), full(top_p), full(min_p))
+            for seed in range(8):
+                which = torch.arange(n, device="cuda")
+                drawn.append(filtered_argmax(rows, which, full(1.5), full(seed), full(4), filters))
+        return torch.stack(drawn, 1)
 
     def scores(rows: torch.Tensor) -> torch.Tensor:
         ones = torch.ones(len(rows), dtype=torch.int64, device="cuda")

@@ -200,46 +200,78 @@ def test_the_only_token_left_is_drawn(device, dtype):
         assert score.isfinite()
 
 
+ALL = 10**9
 FILTERS = {
-    "top_k": ([1, 3, 40, 10**9, 7, 2], None),
-    "top_p": (None, [0.9, 0.3, 1.0, 1e-7, 0.999, 0.5]),
-    "both": ([10**9, 5, 1, 60, 20, 33], [0.5, 1.0, 0.7, 0.95, 1e-4, 0.9]),
+    "top_k": ([1, 3, 40, ALL, 700, 2], [1.0] * 6, [0.0] * 6),
+    "top_p": ([ALL] * 6, [0.9, 0.3, 1.0, 1e-7, 0.999, 0.5], [0.0] * 6),
+    "min_p": ([ALL] * 6, [1.0] * 6, [0.1, 1.0, 1e-4, 0.0, 0.5, 0.02]),
+    "top_k and top_p": ([ALL, 5, 1, 60, 200, 33], [0.5, 1.0, 0.7, 0.95, 1e-4, 0.9], [0.0] * 6),
+    "all": ([ALL, 5, 1, 600, 20, 130], [0.5, 1.0, 0.7, 0.95, 1.0, 0.9], [0.1, 0.0, 0.5, 1e-3, 0.9, 0.3]),
 }
+
+
+def make_filters(vocab_size, top_k, top_p, min_p, device):
+    top_k = torch.as_tensor(top_k, device=device).clamp(max=vocab_size)
+    floats = (torch.as_tensor(values, dtype=torch.float32, device=device) for values in (top_p, min_p))
+    return filtering.Filters(top_k, *floats)
 
 
 @on_fp32
 @pytest.mark.parametrize("vocab_size", [2, 63, 1000, 4097])
 @pytest.mark.parametrize("kind", FILTERS)
 @pytest.mark.parametrize("spread", [0.1, 4.0])
-def test_filter_top_k_top_p(device, dtype, vocab_size, kind, spread):
-    """Of rows with many equal logits, some of them zeros of either sign, and with tokens that are out already."""
-    logits = (spread * torch.randn(6, vocab_size, device=device)).bfloat16().float()
+def test_filtered_argmax(device, dtype, vocab_size, kind, spread):
+    """Of rows with many equal logits, some of them zeros of either sign, and with tokens that are out already.
+
+    Where logits are flat the tokens that top-p leaves are too many to be looked at alone.
+    """
+    logits = (spread * torch.randn(6, vocab_size, device=device)).bfloat16().to(dtype)
     logits[1] = logits[1].round().copysign(torch.randn(vocab_size, device=device))
     logits[2, 1::3] = float("-inf")
-    top_k, top_p = FILTERS[kind]
-    top_k = None if top_k is None else torch.tensor(top_k, device=device).clamp(max=vocab_size)
-    top_p = None if top_p is None else torch.tensor(top_p, device=device)
-    expected = filtering.filter_top_k_top_p_torch(logits, top_k, top_p)
-    actual = filtering.filter_top_k_top_p_triton(logits, top_k, top_p)
-    kept = actual > float("-inf")
-    assert torch.equal(actual, logits.masked_fill(~kept, float("-inf")))
-    assert kept.any(-1).all()
-    # The weights of top-p are rounded exponentials, which differ in their last bit on a GPU.
-    num_different = (kept != (expected > float("-inf"))).sum(-1).max()
-    assert num_different <= (0 if INTERPRETED or top_p is None else 1)
+    filters = make_filters(vocab_size, *FILTERS[kind], device)
+    temperatures = torch.tensor([1.0, 0.7, 1.3, 0.0, 0.6, 2.0], device=device)
+    rows = torch.tensor([4, 0, 2, 1, 5, 3], device=device)
+    num_kept = (filtering.apply_filters(logits[rows], temperatures, filters) > float("-inf")).sum(-1)
+    assert num_kept.min() >= 1
+    assert kind != "top_p" or spread > 1 or vocab_size < 4000 or num_kept.max() > filtering.MAX_CANDIDATES
+    for _ in range(3):
+        draws = temperatures, *random_rows(6, device), filters
+        expected = filtering.filtered_argmax_torch(logits, rows, *draws)
+        assert torch.equal(filtering.filtered_argmax_triton(logits, rows, *draws), expected)
+
+
+@on_targets
+def test_filtered_argmax_of_unsound_rows(device, dtype):
+    logits = torch.randn(6, 700, device=device, dtype=dtype)
+    logits[1, 300] = float("nan")
+    logits[2, 3] = float("inf")
+    logits[3] = float("-inf")
+    logits[4] = float("-inf")
+    logits[4, 699] = -1e4  # the one token that is left
+    filters = make_filters(700, [20] * 5 + [700], [0.9] * 6, [0.01] * 6, device)
+    rows = torch.arange(6, device=device)
+    drawn = filtering.filtered_argmax_triton(logits, rows, torch.ones(6, device=device), rows, rows, filters)
+    assert drawn[1:5].tolist() == [-1, -1, -1, 699]
+    assert min(drawn[0], drawn[5]) >= 0
 
 
 @on_gpu
-def test_filter_of_a_full_vocabulary(device, dtype):
-    """A row's result does not depend on the others, and few and many rows are cut differently."""
-    logits = 3 * torch.randn(130, 151_936, device=device).bfloat16().float()
-    top_k = torch.tensor([20, 1000, 151_936, 50], device=device).repeat(33)[:130]
-    top_p = torch.tensor([0.95, 1.0, 0.9, 0.2, 0.999], device=device).repeat(26)
-    whole = filtering.filter_top_k_top_p(logits, top_k, top_p)
-    expected = filtering.filter_top_k_top_p_torch(logits, top_k, top_p)
-    assert ((whole > float("-inf")) != (expected > float("-inf"))).sum(-1).max() <= 2
-    for rows in (slice(0, 1), slice(3, 40), slice(66, 130)):
-        assert torch.equal(filtering.filter_top_k_top_p(logits[rows], top_k[rows], top_p[rows]), whole[rows])
+def test_filtered_argmax_of_a_full_vocabulary(device, dtype):
+    """A row's draw does not depend on the others."""
+    vocab_size, num_rows = 151_936, 130
+    logits = 3 * torch.randn(num_rows, vocab_size, device=device, dtype=dtype)
+    values = [(20, 0.95, 0.0), (1000, 1.0, 0.0), (ALL, 0.9, 0.0), (ALL, 1.0, 0.02), (50, 0.2, 0.1), (5000, 0.99, 0.0)]
+    filters = make_filters(vocab_size, *zip(*(values * 22)[:num_rows]), device)
+    rows, temperatures = torch.arange(num_rows, device=device), torch.full((num_rows,), 1.3, device=device)
+    kept = filtering.apply_filters(logits.float(), temperatures, filters)
+    for _ in range(10):
+        seeds, positions = random_rows(num_rows, device)
+        drawn = filtering.filtered_argmax(logits, rows, temperatures, seeds, positions, filters)
+        assert torch.equal(drawn, sampling.gumbel_argmax(kept, temperatures, seeds, positions))
+        for part in (slice(0, 1), slice(3, 40), slice(66, 130)):
+            own = [tensor[part] for tensor in (rows, temperatures, seeds, positions)]
+            of_part = filtering.filtered_argmax(logits, *own, filtering.Filters(*(values[part] for values in filters)))
+            assert torch.equal(of_part, drawn[part])
 
 
 @on_targets

@@ -26,6 +26,7 @@ from nanovllm.engine.adjustments import prepare_sample
 from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.token_counts import TokenCounts
+from nanovllm.kernels.filtering import apply_filters
 from nanovllm.layers import sampler
 from nanovllm.layers.sampler import LogitsAdjustments, Sampler, adjust_logits
 
@@ -70,10 +71,19 @@ def prepared(seqs: list[Sequence], vocab_size: int) -> list[LogitsAdjustments]:
 
 def ours(logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
     """logits [B, vocab] -> the probabilities that the sampler draws from, for rows that all ask for something."""
-    (adjustments,) = prepared(seqs, logits.shape[1])
-    assert adjustments is not None
-    assert adjustments.rows.tolist() == list(range(len(seqs)))
-    return (adjust_logits(logits.clone(), adjustments) / adjustments.temperatures[:, None]).softmax(-1)
+    parts = prepared(seqs, logits.shape[1])
+    assert sorted(row for part in parts for row in part.rows.tolist()) == list(range(len(seqs)))
+    temperatures = torch.tensor([seq.sampling_params.temperature for seq in seqs])
+    left = torch.empty_like(logits)
+    for part in parts:
+        left[part.rows] = what_is_left(logits[part.rows], part, temperatures[part.rows])
+    return (left / temperatures[:, None]).softmax(-1)
+
+
+def what_is_left(logits: torch.Tensor, adjustments: LogitsAdjustments, temperatures: torch.Tensor) -> torch.Tensor:
+    """logits [n, vocab] of rows that ask -> adjusted, and -inf where filters leave nothing."""
+    adjusted = adjust_logits(logits, adjustments)
+    return apply_filters(adjusted, temperatures, adjustments.filters) if adjustments.filters is not None else adjusted
 
 
 def theirs(logits: torch.Tensor, params: SamplingParams, prompt=PROMPT, output=OUTPUT) -> torch.Tensor:
@@ -393,7 +403,7 @@ def test_draws_over_a_large_vocabulary_stay_in_the_support(fields):
     adjustments = prepared(seqs, vocab_size)
     temperatures, positions = torch.full((num_rows,), params.temperature), torch.full((num_rows,), 10)
     # What the filters leave of the same logits is the same each time, and to sort them 50 times would be all the work.
-    filtered, drawn = adjust_logits(logits.clone(), adjustments[0]), set()
+    filtered, drawn = what_is_left(logits.clone(), adjustments[0], temperatures), set()
     for i in range(50):
         seeds = torch.arange(num_rows) + i * num_rows
         tokens = Sampler()(filtered, temperatures, seeds, positions)
@@ -410,7 +420,8 @@ def test_rows_that_ask_for_nothing_pay_nothing(monkeypatch):
     adjustments = prepared([plain, asking, plain], NUM_TOKENS)
     (part,) = adjustments
     assert part.rows.tolist() == [1]
-    assert part.top_p is part.min_p is part.allowed is part.penalties is None
+    assert part.allowed is part.penalties is None
+    assert not part.changes_logits
     # The sampler changes the asking row alone, and not in place.
     logits = random_logits(3, NUM_TOKENS, 2)
     before, numbers = logits.clone(), torch.arange(3)
@@ -432,7 +443,7 @@ def test_rows_that_ask_are_drawn_as_if_all_were_one_batch(dtype, asking, monkeyp
     logits[5, 3] = math.nan
     adjustments = prepared(seqs, NUM_TOKENS)
     whole = logits.float()
-    whole[asking] = adjust_logits(whole[asking], adjustments[0])
+    whole[asking] = what_is_left(whole[asking], adjustments[0], temperatures[asking])
     expected = Sampler()(whole, temperatures, numbers, numbers)
     assert expected[5] == -1
     assert Sampler()(logits, temperatures, numbers, numbers, adjustments).tolist() == expected.tolist()

@@ -10,6 +10,7 @@ import torch
 from nanovllm.engine.batch import to_device
 from nanovllm.engine.sequence import DecodingSequences, Sequence
 from nanovllm.engine.token_counts import TokenCounts
+from nanovllm.kernels.filtering import Filters
 from nanovllm.layers.sampler import LogitsAdjustments, rows_at_once
 
 
@@ -59,23 +60,23 @@ def find_asking(seqs: list[Sequence], vocab_size: int, device: torch.device) -> 
         if seq.sampling_params.adjusts_logits and seq.num_cached_tokens + seq.num_scheduled_tokens == seq.num_tokens
     ]
     size = rows_at_once(vocab_size)
-    parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+    changed = [row for row in rows if seqs[row].sampling_params.changes_logits]
+    parts = [changed[i : i + size] for i in range(0, len(changed), size)]
+    if len(changed) < len(rows):  # with filters alone, which need no copies of the logits
+        parts.append([row for row in rows if not seqs[row].sampling_params.changes_logits])
     return [asking_of(part, [seqs[row] for row in part], vocab_size, device) for part in parts]
 
 
 def asking_of(rows: list[int], own: list[Sequence], vocab_size: int, device: torch.device) -> Asking:
     params = [seq.sampling_params for seq in own]
-    adjustments = LogitsAdjustments(
-        rows=column(rows, np.int64, device),
-        temperatures=column([p.temperature for p in params], np.float32, device),
-    )
-    if any(p.top_k > 0 for p in params):
+    adjustments = LogitsAdjustments(column(rows, np.int64, device))
+    if any(p.has_filters for p in params):
         top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
-        adjustments.top_k = column(top_k, np.int64, device)
-    if any(p.top_p < 1.0 for p in params):
-        adjustments.top_p = column([p.top_p for p in params], np.float32, device)
-    if any(p.min_p > 0.0 for p in params):
-        adjustments.min_p = column([p.min_p for p in params], np.float32, device)
+        adjustments.filters = Filters(
+            top_k=column(top_k, np.int64, device),
+            top_p=column([p.top_p for p in params], np.float32, device),
+            min_p=column([p.min_p for p in params], np.float32, device),
+        )
     if any(p.allowed_token_ids for p in params):
         allowed = np.ones((len(own), vocab_size), dtype=bool)
         for i, p in enumerate(params):
@@ -87,11 +88,9 @@ def asking_of(rows: list[int], own: list[Sequence], vocab_size: int, device: tor
     if bias:
         places = column([(i, token_id) for i, token_id, _ in bias], np.int64, device).T
         adjustments.bias = places, column([value for _, _, value in bias], np.float32, device)
-    adjustments.processors = [
-        (i, bind_processor(processor, seq))
-        for i, seq in enumerate(own)
-        for processor in params[i].logits_processors or ()
-    ]
+    processors = [(i, p, seq) for i, seq in enumerate(own) for p in params[i].logits_processors or ()]
+    if processors:
+        adjustments.processors = [(i, bind_processor(processor, seq)) for i, processor, seq in processors]
     penalized = [i for i, p in enumerate(params) if p.has_penalties]
     if penalized:
         values = [(p.presence_penalty, p.frequency_penalty, p.repetition_penalty) for p in params if p.has_penalties]

@@ -12,6 +12,7 @@ import torch
 
 from nanovllm.config import Config, head_dim
 from nanovllm.engine.batch import PrefillBatch
+from nanovllm.kernels.filtering import Filters
 from nanovllm.layers.sampler import LogitsAdjustments, compute_logprobs, rows_at_once
 from nanovllm.utils.distributed import TensorParallel
 from nanovllm.utils.memory import free_ram_bytes
@@ -139,13 +140,22 @@ def measure_reserve(runner: "ModelRunner") -> int:
 
 
 def draw_asking(runner: "ModelRunner", batch: PrefillBatch) -> None:
-    """Draw, and list the likeliest, for as many rows of `batch` as are adjusted together and ask for all filters."""
+    """Draw, and list the likeliest, for as many rows of `batch` as are adjusted together and ask for much."""
     num_rows, num_valid = len(batch.rows), runner.model.lm_head.num_valid
     logits = runner.full_logits(torch.zeros(num_rows, num_valid, dtype=runner.config.dtype, device=runner.device))
     rows = torch.arange(min(num_rows, rows_at_once(logits.shape[1])), device=runner.device)
     half = torch.full(rows.shape, 0.5, device=runner.device)
-    asking = LogitsAdjustments(rows, half, top_k=torch.ones_like(rows), top_p=half, min_p=half)
-    token_ids = runner.sampler(logits, batch.temperatures, batch.seeds, batch.context_lens, [asking])
+    filters = Filters(torch.ones_like(rows), half, half)
+    asking = LogitsAdjustments(
+        rows,
+        filters,
+        allowed=torch.ones(len(rows), logits.shape[1], dtype=torch.bool, device=runner.device),
+        penalized=rows,
+        penalties=half.expand(3, -1).unsqueeze(-1),
+        counts=torch.zeros(len(rows), logits.shape[1], dtype=torch.int32, device=runner.device),
+    )
+    for part in (LogitsAdjustments(rows, filters), asking):  # the one's kernels are not the other's: logits are float32
+        token_ids = runner.sampler(logits, batch.temperatures, batch.seeds, batch.context_lens, [part])
     compute_logprobs(logits[rows], token_ids[rows], 1)
 
 

@@ -1,199 +1,315 @@
-"""Top-k and top-p without sorting: a radix search for the least logit that stays. Called by the sampler.
+"""Draws from what min-p, top-k and top-p leave, without sorting. Called by the sampler.
 
-What stays of a row is everything above an edge, and of the logits equal to the edge those of the highest ids. Both
-filters look for the edge in the same way: the largest value below which there is no more weight than a limit. To top-k
-every token weighs 1, and all but k may go; to top-p tokens weigh what their probabilities are, in integers, whose sums
-are exact in any order, so that a row's edge does not depend on the rest of the batch.
-
-The search is among few candidates: where k groups of tokens have a maximum of t or more, so have k tokens; and where
-such maxima weigh enough, so do the tokens from t on.
+What they leave of a row is everything above an edge, and of the logits equal to it, to top-p, those of the highest ids.
+So it is enough to look at few tokens: where the maxima of k groups of tokens are t or more, so are k tokens, and the
+rest cannot be among the k largest. The same few often weigh enough for top-p; where they do not, drawing goes on above
+each drawn token that turns out to be left out (rejection, as in FlashInfer, here by Gumbel-max and so with its result).
 """
+
+from typing import NamedTuple
 
 import torch
 
-from nanovllm.kernels.triton_utils import jit, launch_options, pdl_wait, tl, use_triton
+from nanovllm.kernels.sampling import GREEDY_BELOW, gumbel, gumbel_max_torch, row_noise_keys
+from nanovllm.kernels.triton_utils import jit, launch_options, next_power_of_2, pdl_wait, tl, use_triton
 
 NEG_INF = float("-inf")
-ONE = 2.0**40  # the weight of the likeliest token
+MAX_GROUPS = 512  # of neighbouring tokens, as many in each
+FEW_GROUPS = 64  # with the largest maxima are looked at for top-p and min-p
+MAX_TOP_K = 128  # up to here for top-k as many as that
+MAX_CANDIDATES = 256
+BLOCK = 4096  # tokens at a time
+NUM_WARPS = 8
+MAX_SORTED = 2**24  # logits at a time: the twin takes some 50 bytes for each
 
 
-def filter_top_k_top_p(logits: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Tensor | None) -> torch.Tensor:
-    """Keep the top_k largest logits (and what equals the last of them), then of these the fewest whose probabilities
-    reach top_p; at least one token stays.
+class Filters(NamedTuple):
+    """Of n rows."""
+
+    top_k: torch.Tensor  # [n] int64, the vocabulary's size for none
+    top_p: torch.Tensor  # [n] float32, 1 for none
+    min_p: torch.Tensor  # [n] float32, 0 for none
+
+
+def filtered_argmax(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    filters: Filters,
+) -> torch.Tensor:
+    """`gumbel_argmax` of n rows, over the tokens that the filters leave; the largest logit for a temperature of 0.
 
     Args:
-        logits: [n, vocab] float32, contiguous.
-        top_k: [n] int64, the vocabulary's size for none; None if no row has it.
-        top_p: [n] float32, 1 for none; None if no row has it.
+        logits: [B, V], any float dtype, their last dimension contiguous.
+        rows: [n] int64, which of these.
+        temperatures, seeds, positions, filters: [n] each.
 
     Returns:
-        [n, vocab] float32, -inf where a token may not be drawn.
+        [n] int64; -1 for a row whose largest logit is not finite.
     """
-    return (filter_top_k_top_p_triton if use_triton(logits) else filter_top_k_top_p_torch)(logits, top_k, top_p)
+    run = filtered_argmax_triton if use_triton(logits) else filtered_argmax_torch
+    return run(logits, rows, temperatures, seeds, positions, filters)
 
 
-def filter_top_k_top_p_torch(logits, top_k, top_p):
-    ascending, order = logits.sort(dim=-1, stable=True)  # so that of equals at the edge of top-p the last ids stay
-    if top_k is not None:
-        smallest_kept = ascending.gather(1, (logits.shape[1] - top_k)[:, None])
-        ascending = ascending.masked_fill(ascending < smallest_kept, NEG_INF)
-    if top_p is not None:
-        weights = ((ascending - ascending[:, -1:]).exp() * ONE).long()
-        limits = ((1 - top_p).double()[:, None] * weights.sum(-1, keepdim=True).double()).long()
-        below = weights.cumsum(-1) <= limits
-        below[:, -1] = False
-        ascending = ascending.masked_fill(below & (top_p < 1.0)[:, None], NEG_INF)
-    return torch.empty_like(logits).scatter_(1, order, ascending)
+def filtered_argmax_torch(logits, rows, temperatures, seeds, positions, filters):
+    size = max(1, MAX_SORTED // logits.shape[1])
+    parts = zip(*(tensor.split(size) for tensor in (rows, temperatures, seeds, positions, *filters)))
+    token_ids = []
+    for own, own_temperatures, own_seeds, own_positions, *own_filters in parts:
+        kept = apply_filters(logits[own].float(), own_temperatures, Filters(*own_filters))
+        token_ids.append(gumbel_max_torch(kept, own_temperatures, own_seeds, own_positions)[1])
+    return torch.cat(token_ids)
 
 
-def filter_top_k_top_p_triton(logits, top_k, top_p):
-    num_rows, vocab_size = logits.shape
-    assert logits.is_contiguous()
-    out = torch.empty_like(logits)
+def apply_filters(logits: torch.Tensor, temperatures: torch.Tensor, filters: Filters) -> torch.Tensor:
+    """logits [n, V] float32 -> the same, -inf where a token may not be drawn.
+
+    min_p drops tokens less likely than this share of the likeliest; top_k keeps the k largest of the rest, and what
+    equals the last of them; top_p of these the fewest whose probabilities reach it. At least one token stays.
+    """
+    greedy = temperatures < GREEDY_BELOW
+    temperatures = torch.where(greedy, 1.0, temperatures)[:, None]
+    ascending, order = logits.sort(dim=-1, stable=True)
+    descending, order = ascending.flip(-1), order.flip(-1)  # of equals the highest id comes first
+    largest = descending[:, :1]
+    kept = descending >= largest + temperatures * filters.min_p.log()[:, None]
+    kept &= descending >= descending.gather(1, (filters.top_k - 1)[:, None])
+    weights = ((descending - largest) / temperatures).double().exp().masked_fill(~kept, 0.0)
+    before = weights.cumsum(-1) - weights  # what comes before a token
+    is_within = (before < filters.top_p[:, None] * weights.sum(-1, keepdim=True)) | (before == 0)
+    kept &= is_within | (filters.top_p >= 1.0)[:, None]
+    kept |= greedy[:, None]
+    return torch.empty_like(logits).scatter_(1, order, descending.masked_fill(~kept, NEG_INF))
+
+
+def filtered_argmax_triton(logits, rows, temperatures, seeds, positions, filters):
+    num_rows, vocab_size = len(rows), logits.shape[1]
+    assert logits.stride(1) == 1 and vocab_size < 2**20
+    token_ids = torch.empty_like(positions)
     if not num_rows:
-        return out
-    if top_k is None:
-        top_k = torch.full((num_rows,), vocab_size, device=logits.device)
-    if top_p is None:
-        top_p = torch.ones(num_rows, device=logits.device)
-    # Few rows leave most of the chip idle: then programs are large.
-    num_warps = 16 if num_rows <= 128 else 8
-    block = 256 * num_warps
-    _filter_kernel[(num_rows,)](
-        logits, out, logits.new_empty(num_rows, max(vocab_size, block)), top_k, top_p, vocab_size,
-        ONE=ONE, BLOCK=block, num_warps=num_warps, **launch_options(),
+        return token_ids
+    group_size = max(16, next_power_of_2(-(-vocab_size // MAX_GROUPS)))
+    num_groups = -(-vocab_size // group_size)
+    maxima, sums = torch.empty(2, num_rows, MAX_GROUPS, device=logits.device)
+    chosen = torch.empty(num_rows, MAX_GROUPS, dtype=torch.int32, device=logits.device)
+    candidates = torch.empty(num_rows, MAX_CANDIDATES, device=logits.device)
+    candidate_ids = torch.empty(num_rows, MAX_CANDIDATES, dtype=torch.int32, device=logits.device)
+    groups_at_once = max(1, 2048 // group_size)
+    _group_kernel[(num_rows, -(-num_groups // groups_at_once))](
+        logits, rows, temperatures, maxima, sums, logits.stride(0), vocab_size, num_groups,
+        GREEDY_BELOW=GREEDY_BELOW, GROUP=group_size, GROUPS=groups_at_once, MAX_GROUPS=MAX_GROUPS,
+        num_warps=4, **launch_options(),
     )  # fmt: skip
-    return out
+    _filtered_kernel[(num_rows,)](
+        logits, rows, temperatures, seeds, positions, *filters, maxima, sums, chosen, candidates, candidate_ids,
+        token_ids, logits.stride(0), vocab_size, num_groups,
+        GREEDY_BELOW=GREEDY_BELOW, GROUP=group_size, MAX_GROUPS=MAX_GROUPS, FEW_GROUPS=FEW_GROUPS, MAX_TOP_K=MAX_TOP_K,
+        MAX_CANDIDATES=MAX_CANDIDATES, BLOCK=BLOCK, APPROX_LOG=logits.is_cuda and torch.version.hip is None,
+        num_warps=NUM_WARPS, **launch_options(),
+    )  # fmt: skip
+    return token_ids
 
 
-@jit(do_not_specialize=("top_k_ptr", "top_p_ptr"))
-def _filter_kernel(
-    logits_ptr, out_ptr, candidates_ptr, top_k_ptr, top_p_ptr, vocab_size,
-    ONE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+@jit(do_not_specialize=("rows_ptr", "temperatures_ptr", "num_groups"))
+def _group_kernel(
+    logits_ptr, rows_ptr, temperatures_ptr, maxima_ptr, sums_ptr, logits_stride, vocab_size, num_groups,
+    GREEDY_BELOW: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, MAX_GROUPS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The maximum of each group, and its weight in terms of that. One program a row and GROUPS groups."""
+    row = tl.program_id(0).to(tl.int64)
+    groups = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    ids = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    pdl_wait(PDL)
+    source = tl.load(rows_ptr + row)
+    inverse = 1.0 / _temperature(tl.load(temperatures_ptr + row), GREEDY_BELOW)
+    logits = _load_logits(logits_ptr + source * logits_stride, ids, vocab_size)
+    maxima = tl.max(logits, axis=1)
+    shift = tl.where(maxima == float("-inf"), 0.0, maxima)
+    sums = tl.sum(tl.exp((logits - shift[:, None]) * inverse), axis=1)
+    tl.store(maxima_ptr + row * MAX_GROUPS + groups, maxima, mask=groups < num_groups)
+    tl.store(sums_ptr + row * MAX_GROUPS + groups, sums, mask=groups < num_groups)
+
+
+@jit(do_not_specialize=("rows_ptr", "temperatures_ptr", "seeds_ptr", "positions_ptr", "top_k_ptr", "top_p_ptr",
+                        "min_p_ptr", "num_groups"))  # fmt: skip
+def _filtered_kernel(
+    logits_ptr, rows_ptr, temperatures_ptr, seeds_ptr, positions_ptr, top_k_ptr, top_p_ptr, min_p_ptr, maxima_ptr,
+    sums_ptr, chosen_ptr, candidates_ptr, candidate_ids_ptr, token_ids_ptr, logits_stride, vocab_size, num_groups,
+    GREEDY_BELOW: tl.constexpr, GROUP: tl.constexpr, MAX_GROUPS: tl.constexpr, FEW_GROUPS: tl.constexpr,
+    MAX_TOP_K: tl.constexpr, MAX_CANDIDATES: tl.constexpr, BLOCK: tl.constexpr, APPROX_LOG: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a row."""
     pdl_wait(PDL)
     row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * vocab_size
-    out_ptr += row * vocab_size
-    candidates_ptr += row * tl.maximum(vocab_size, BLOCK)
-    lanes = tl.arange(0, BLOCK)
-    top_k = tl.load(top_k_ptr + row)
-    top_p = tl.load(top_p_ptr + row)
+    logits_ptr += tl.load(rows_ptr + row) * logits_stride
+    maxima_ptr += row * MAX_GROUPS
+    chosen_ptr += row * MAX_GROUPS
+    candidates_ptr += row * MAX_CANDIDATES
+    candidate_ids_ptr += row * MAX_CANDIDATES
+    temperature = tl.load(temperatures_ptr + row)
+    is_greedy = temperature < GREEDY_BELOW
+    inverse = 1.0 / _temperature(temperature, GREEDY_BELOW)
+    top_k = tl.where(is_greedy, 1, tl.load(top_k_ptr + row))
+    top_p = tl.where(is_greedy, 1.0, tl.load(top_p_ptr + row))
+    min_p = tl.where(is_greedy, 0.0, tl.load(min_p_ptr + row))
+    key0, key1 = row_noise_keys(tl.load(seeds_ptr + row), tl.load(positions_ptr + row))
 
-    maxima = tl.full([BLOCK], float("-inf"), tl.float32)  # of the tokens that a lane comes by
-    for start in range(0, vocab_size, BLOCK):
-        ids = start + lanes
-        maxima = tl.maximum(maxima, tl.load(logits_ptr + ids, mask=ids < vocab_size, other=float("-inf")))
+    groups = tl.arange(0, MAX_GROUPS)
+    maxima = tl.load(maxima_ptr + groups, mask=groups < num_groups, other=float("-inf"))
+    sums = tl.load(sums_ptr + row * MAX_GROUPS + groups, mask=groups < num_groups, other=0.0)
     largest = tl.max(maxima, axis=0)
-    tl.store(candidates_ptr + lanes, maxima)
-    tl.debug_barrier()  # here and below: other threads read what these have written, or write what they have read
-    edge = row * 0  # the key of the least logit that stays, as far as is known
-    total = row * 0  # weight of all tokens that top-k leaves
+    token_id = row * 0 - 1
+    if (largest > float("-inf")) & (largest < float("inf")):
+        total = tl.sum(sums * tl.exp((maxima - largest) * inverse), axis=0)
+        floor = largest + temperature * tl.log(tl.maximum(min_p, 1e-30))  # of what min-p leaves
+        floor = tl.where(min_p > 0, floor, float("-inf"))
+        # The bound: below it is nothing of the top k, if that is few; else whatever FEW_GROUPS have above it is tried.
+        num_needed = tl.where(top_k <= MAX_TOP_K, top_k, FEW_GROUPS)
+        is_bound = (maxima > float("-inf")) & (_num_above(maxima_ptr, num_groups, maxima, MAX_GROUPS) < num_needed)
+        bound = tl.min(tl.where(is_bound, maxima, float("inf")), axis=0)
+        bound = tl.where(tl.sum((maxima > float("-inf")).to(tl.int32), axis=0) < num_needed, float("-inf"), bound)
+        is_chosen = (maxima > float("-inf")) & (maxima >= tl.maximum(bound, floor))
+        tl.store(chosen_ptr + tl.cumsum(is_chosen.to(tl.int32), axis=0) - 1, groups, mask=is_chosen)
+        num_chosen = tl.sum(is_chosen.to(tl.int32), axis=0)
+        tl.debug_barrier()  # here and below: other threads read what these have written
+
+        lanes = tl.arange(0, BLOCK)
+        num_candidates = num_chosen * 0
+        for first in range(0, num_chosen, BLOCK // GROUP):
+            places = first + lanes // GROUP
+            group = tl.load(chosen_ptr + places, mask=places < num_chosen, other=MAX_GROUPS)
+            ids = tl.where(places < num_chosen, group * GROUP + lanes % GROUP, vocab_size)
+            logits = _load_logits(logits_ptr, ids, vocab_size)
+            is_candidate = (logits > float("-inf")) & (logits >= tl.maximum(bound, floor))
+            places = num_candidates + tl.cumsum(is_candidate.to(tl.int32), axis=0) - 1
+            tl.store(candidates_ptr + places, logits, mask=is_candidate & (places < MAX_CANDIDATES))
+            tl.store(candidate_ids_ptr + places, ids, mask=is_candidate & (places < MAX_CANDIDATES))
+            num_candidates += tl.sum(is_candidate.to(tl.int32), axis=0)
+        tl.debug_barrier()
+
+        if num_candidates <= MAX_CANDIDATES:
+            places = tl.arange(0, MAX_CANDIDATES)
+            is_there = places < num_candidates
+            logits = tl.load(candidates_ptr + places, mask=is_there, other=float("-inf"))
+            ids = tl.load(candidate_ids_ptr + places, mask=is_there, other=vocab_size)
+            has_few = (top_k <= MAX_TOP_K) | (bound <= floor)  # all that min-p and top-k leave are here
+            kept = is_there & (_num_above(candidates_ptr, num_candidates, logits, MAX_CANDIDATES) < top_k)
+            weights = tl.where(kept, tl.exp((logits - largest) * inverse), 0.0)
+            weight = tl.sum(weights, axis=0)
+            total = tl.where(has_few, weight, total)
+            if has_few | ((top_k >= vocab_size) & (top_p < 1) & (min_p <= 0) & (weight >= top_p * total)):
+                edge = tl.min(tl.where(kept, logits, float("inf")), axis=0)
+                before = _weight_before(
+                    candidates_ptr, candidate_ids_ptr, num_candidates, logits, ids, edge, largest, inverse,
+                    MAX_CANDIDATES,
+                )  # fmt: skip
+                limit = tl.where(top_p < 1, top_p * total, float("inf"))
+                kept = kept & ((before < limit) | (before == 0))
+                scores = _score(logits, ids, inverse, key0, key1, is_greedy, APPROX_LOG)
+                best = tl.max(tl.where(kept, scores, float("-inf")), axis=0)
+                token_id = tl.min(tl.where(kept & (scores == best), ids, 0x7FFFFFFF), axis=0).to(tl.int64)
+        if token_id < 0:
+            token_id = _draw_from_all(
+                logits_ptr, vocab_size, largest, total, floor, top_k, top_p, inverse, key0, key1, is_greedy, BLOCK,
+                APPROX_LOG,
+            )  # fmt: skip
+    tl.store(token_ids_ptr + row, token_id)
+
+
+@jit
+def _draw_from_all(
+    logits_ptr, vocab_size, largest, total, floor, top_k, top_p, inverse, key0, key1, is_greedy,
+    BLOCK: tl.constexpr, APPROX_LOG: tl.constexpr,
+):  # fmt: skip
+    """Draw from the whole row; while top-p leaves the drawn token out, draw again from what is above it."""
+    lanes = tl.arange(0, BLOCK)
     if top_k < vocab_size:
-        if top_k <= BLOCK:
-            edge, _ = _find_edge(candidates_ptr, BLOCK, edge, BLOCK - top_k, edge, largest, False, ONE, BLOCK)
-    elif top_p < 1:
-        weights = tl.zeros([BLOCK], tl.int64)
+        floor = tl.maximum(floor, _kth_largest(logits_ptr, vocab_size, top_k, BLOCK))
+    if floor > float("-inf"):
+        total = _weight_above(logits_ptr, vocab_size, floor, -1, floor, largest, inverse, BLOCK)
+    pivot = floor
+    token_id = top_k * 0 - 1
+    is_out = top_k > 0  # which is always so
+    while is_out:
+        best = tl.full([BLOCK], float("-inf"), tl.float32)
+        best_ids = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)
         for start in range(0, vocab_size, BLOCK):
             ids = start + lanes
-            logits = tl.load(logits_ptr + ids, mask=ids < vocab_size, other=float("-inf"))
-            weights += _weight(logits, largest, ONE)
-        total = tl.sum(weights, axis=0)
-        # What the maxima weigh less than all tokens must be below the edge for it to be one of the maxima's.
-        others = total - tl.sum(_weight(maxima, largest, ONE), axis=0)
-        limit = _limit(top_p, total)
-        if others <= limit:
-            edge, _ = _find_edge(candidates_ptr, BLOCK, edge, limit, others, largest, True, ONE, BLOCK)
-    tl.debug_barrier()
-
-    num_candidates = row * 0
-    weights = tl.zeros([BLOCK], tl.int64)
-    length = tl.where((top_k < vocab_size) | (top_p < 1), vocab_size, 0)  # who has no filter needs no search
-    for start in range(0, length, BLOCK):
-        ids = start + lanes
-        logits = tl.load(logits_ptr + ids, mask=ids < vocab_size, other=float("-inf"))
-        is_candidate = (ids < vocab_size) & (_key(logits) >= edge)
-        num_here = tl.sum(is_candidate.to(tl.int32), axis=0)
-        if num_here > 0:
-            places = num_candidates + tl.cumsum(is_candidate.to(tl.int32), axis=0) - 1
-            tl.store(candidates_ptr + places, logits, mask=is_candidate)
-            weights += tl.where(is_candidate, _weight(logits, largest, ONE), 0)
-            num_candidates += num_here
-    tl.debug_barrier()
-    below = total - tl.sum(weights, axis=0)  # what the others weigh, to top-p alone
-    if top_k < vocab_size:
-        edge, _ = _find_edge(
-            candidates_ptr, num_candidates, edge * 0, num_candidates - top_k, edge * 0, largest, False, ONE, BLOCK
-        )  # fmt: skip
-        if top_p < 1:
-            weights = tl.zeros([BLOCK], tl.int64)
-            for first_place in range(0, num_candidates, BLOCK):
-                places = first_place + lanes
-                logits = tl.load(candidates_ptr + places, mask=places < num_candidates, other=float("-inf"))
-                weights += tl.where(_key(logits) >= edge, _weight(logits, largest, ONE), 0)
-            total = tl.sum(weights, axis=0)
-            below = edge * 0
-    num_gone = row * 0  # of those equal to the edge
-    if top_p < 1:
-        limit = _limit(top_p, total)
-        edge, below = _find_edge(candidates_ptr, num_candidates, edge, limit, below, largest, True, ONE, BLOCK)
-        num_gone = (limit - below) // tl.maximum(_weight(_logit(edge), largest, ONE), 1)
-
-    num_equal = row * 0
-    for start in range(0, vocab_size, BLOCK):
-        ids = start + lanes
-        logits = tl.load(logits_ptr + ids, mask=ids < vocab_size, other=float("-inf"))
-        keys = _key(logits)
-        is_gone = keys < edge
-        if num_equal < num_gone:
-            equal = (keys == edge).to(tl.int32)
-            is_gone = is_gone | ((equal > 0) & (num_equal + tl.cumsum(equal, axis=0) <= num_gone))
-            num_equal += tl.sum(equal, axis=0)
-        tl.store(out_ptr + ids, tl.where(is_gone, float("-inf"), logits), mask=ids < vocab_size)
+            logits = _load_logits(logits_ptr, ids, vocab_size)
+            is_left = (logits > float("-inf")) & ((logits > pivot) | ((logits == pivot) & (ids > token_id)))
+            scores = _score(logits, ids, inverse, key0, key1, is_greedy, APPROX_LOG)
+            is_better = is_left & (scores > best)
+            best = tl.where(is_better, scores, best)
+            best_ids = tl.where(is_better, ids, best_ids)
+        token_id = tl.min(tl.where(best == tl.max(best, axis=0), best_ids, 0x7FFFFFFF), axis=0).to(tl.int64)
+        pivot = tl.load(logits_ptr + token_id).to(tl.float32)
+        is_out = top_p < 1
+        if is_out:
+            before = _weight_above(logits_ptr, vocab_size, pivot, token_id, floor, largest, inverse, BLOCK)
+            is_out = (before > 0) & (before >= top_p * total)
+    return token_id
 
 
 @jit
-def _limit(top_p, total):
-    """What may weigh less than what stays; one token does."""
-    return tl.minimum(((1 - top_p).to(tl.float64) * total.to(tl.float64)).to(tl.int64), total - 1)
+def _num_above(values_ptr, length, values, SIZE: tl.constexpr):
+    """How many of the `length` values there are larger than each of `values` [SIZE], in comparing them all."""
+    count = tl.zeros([SIZE], tl.int32)
+    for start in range(0, length, 32):
+        places = start + tl.arange(0, 32)
+        others = tl.load(values_ptr + places, mask=places < length, other=float("-inf"))
+        count += tl.sum((others[:, None] > values[None, :]).to(tl.int32), axis=0)
+    return count
 
 
 @jit
-def _find_edge(
-    logits_ptr, length, lowest, limit, below, largest,
-    BY_WEIGHT: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr,
+def _weight_before(
+    logits_ptr, ids_ptr, length, logits, ids, edge, largest, inverse, SIZE: tl.constexpr
 ):  # fmt: skip
-    """The largest key below which there is no more than `limit`, and what there is below it; two bits a pass.
+    """What those of the `length` tokens weigh that are not below `edge` and come before each of `logits` [SIZE]."""
+    weight = tl.zeros([SIZE], tl.float32)
+    for start in range(0, length, 32):
+        places = start + tl.arange(0, 32)
+        others = tl.load(logits_ptr + places, mask=places < length, other=float("-inf"))
+        other_ids = tl.load(ids_ptr + places, mask=places < length, other=-1)
+        weights = tl.where(others >= edge, tl.exp((others - largest) * inverse), 0.0)
+        is_equal = others[:, None] == logits[None, :]
+        is_before = (others[:, None] > logits[None, :]) | (is_equal & (other_ids[:, None] > ids[None, :]))
+        weight += tl.sum(tl.where(is_before, weights[:, None], 0.0), axis=0)
+    return weight
 
-    lowest: keys below it weigh nothing. below: the weight of tokens that are not among these, which are below all.
-    """
-    lanes = tl.arange(0, BLOCK)
-    edge = lowest * 0
+
+@jit
+def _weight_above(logits_ptr, vocab_size, value, token_id, floor, largest, inverse, BLOCK: tl.constexpr):
+    """What the tokens from `floor` on weigh that come before the token of that id and logit, in the whole row."""
+    weights = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        logits = _load_logits(logits_ptr, ids, vocab_size)
+        is_before = (logits >= floor) & ((logits > value) | ((logits == value) & (ids > token_id)))
+        weights += tl.where(is_before, tl.exp((logits - largest) * inverse), 0.0)
+    return tl.sum(weights, axis=0)
+
+
+@jit
+def _kth_largest(logits_ptr, vocab_size, k, BLOCK: tl.constexpr):
+    """A radix search of a whole row, two bits a pass: the largest value that k logits reach."""
+    edge = k * 0
     for i in range(16):
-        step = (lowest * 0 + 1) << (30 - 2 * i)
-        first = tl.zeros([BLOCK], tl.int64)  # what there is from the edge on, in steps
-        second = tl.zeros([BLOCK], tl.int64)
-        third = tl.zeros([BLOCK], tl.int64)
-        for start in range(0, length, BLOCK):
-            places = start + lanes
-            logits = tl.load(logits_ptr + places, mask=places < length, other=0.0)
-            key = _key(logits)
-            above = key - edge
-            if BY_WEIGHT:
-                weight = _weight(logits, largest, ONE)
-            else:
-                weight = tl.full([BLOCK], 1, tl.int64)
-            weight = tl.where((places < length) & (above >= 0) & (key >= lowest), weight, 0)
-            first += tl.where(above < step, weight, 0)
-            second += tl.where(above < 2 * step, weight, 0)
-            third += tl.where(above < 3 * step, weight, 0)
-        one = below + tl.sum(first, axis=0)
-        two = below + tl.sum(second, axis=0)
-        three = below + tl.sum(third, axis=0)
-        edge += step * ((one <= limit).to(tl.int64) + (two <= limit).to(tl.int64) + (three <= limit).to(tl.int64))
-        below = tl.where(three <= limit, three, tl.where(two <= limit, two, tl.where(one <= limit, one, below)))
-    return edge, below
+        step = (k * 0 + 1) << (30 - 2 * i)
+        counts = tl.zeros([BLOCK], tl.int64)  # three of 20 bits
+        for start in range(0, vocab_size, BLOCK):
+            above = _key(_load_logits(logits_ptr, start + tl.arange(0, BLOCK), vocab_size)) - edge
+            counts += (above >= step).to(tl.int64)
+            counts += (above >= 2 * step).to(tl.int64) << 20
+            counts += (above >= 3 * step).to(tl.int64) << 40
+        count = tl.sum(counts, axis=0)
+        first, second, third = count & 0xFFFFF, (count >> 20) & 0xFFFFF, count >> 40
+        edge += step * ((first >= k).to(tl.int64) + (second >= k).to(tl.int64) + (third >= k).to(tl.int64))
+    bits = tl.where(edge < 0x80000000, -1 - edge, edge - 0x80000000)
+    return bits.to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @jit
@@ -204,11 +320,18 @@ def _key(logits):
 
 
 @jit
-def _logit(key):
-    bits = tl.where(key < 0x80000000, -1 - key, key - 0x80000000)
-    return bits.to(tl.int32).to(tl.float32, bitcast=True)
+def _load_logits(logits_ptr, ids, vocab_size):
+    """float32; outside of the vocabulary -inf, and for a NaN +inf, which fails its row."""
+    logits = tl.load(logits_ptr + ids, mask=ids < vocab_size, other=float("-inf")).to(tl.float32)
+    return tl.where(logits != logits, float("inf"), logits)
 
 
 @jit
-def _weight(logits, largest, ONE: tl.constexpr):
-    return (tl.exp(logits - largest) * ONE).to(tl.int64)
+def _temperature(temperature, GREEDY_BELOW: tl.constexpr):
+    return tl.where(temperature < GREEDY_BELOW, 1.0, temperature)
+
+
+@jit
+def _score(logits, ids, inverse, key0, key1, is_greedy, APPROX_LOG: tl.constexpr):
+    """As in kernels/sampling.py."""
+    return tl.where(is_greedy, logits, tl.fma(logits, inverse, gumbel(ids, key0, key1, APPROX_LOG)))

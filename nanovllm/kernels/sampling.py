@@ -150,7 +150,16 @@ def _log(x, APPROX: tl.constexpr):
 
 
 @jit
-def _gumbel(token_ids, key0, key1, APPROX_LOG: tl.constexpr):
+def row_noise_keys(seed, position):
+    """What row_keys says."""
+    key = _mix32(seed.to(tl.uint32) ^ 0x9E3779B9)
+    key = _mix32(key ^ (seed >> 32).to(tl.uint32))
+    key0 = _mix32(key ^ position.to(tl.uint32))
+    return key0, _mix32(key0 ^ 0x85EBCA6B)
+
+
+@jit
+def gumbel(token_ids, key0, key1, APPROX_LOG: tl.constexpr):
     """What gumbel_noise_torch says."""
     hashed = _mix32(_mix32(token_ids.to(tl.uint32) + key0) ^ key1)
     u = tl.minimum((hashed.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)  # at most 1 - 2⁻²⁴
@@ -173,10 +182,7 @@ def _gumbel_tile_kernel(
     seed = tl.load(seeds_ptr + row)
     position = tl.load(positions_ptr + row)
     inverse = 1.0 / tl.maximum(temperature, GREEDY_BELOW)
-    key = _mix32(seed.to(tl.uint32) ^ 0x9E3779B9)
-    key = _mix32(key ^ (seed >> 32).to(tl.uint32))
-    key0 = _mix32(key ^ position.to(tl.uint32))
-    key1 = _mix32(key0 ^ 0x85EBCA6B)
+    key0, key1 = row_noise_keys(seed, position)
 
     offsets = tl.arange(0, BLOCK)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -187,7 +193,7 @@ def _gumbel_tile_kernel(
         score = score.to(tl.float32)
         if temperature >= GREEDY_BELOW:  # the noise costs more than the read: greedy rows do without
             # An fma by name: left to the compiler, either product could be the one that is not rounded.
-            score = tl.fma(score, inverse, _gumbel(first_token_id + ids, key0, key1, APPROX_LOG))
+            score = tl.fma(score, inverse, gumbel(first_token_id + ids, key0, key1, APPROX_LOG))
         score = tl.where(score != score, float("inf"), score)  # a NaN fails its row as +inf does
         better = score > best  # equals keep the lower id
         best = tl.where(better, score, best)

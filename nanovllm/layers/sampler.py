@@ -1,7 +1,8 @@
 """Logits to one token a row. Rows that ask for more than a temperature have their logits adjusted first.
 
 The order is vLLM's: allowed and grammar -> bad words -> min_tokens -> bias -> callables -> penalties -> temperature ->
-min-p -> top-k -> top-p -> draw. All before the temperature change logits; the filters after it only take tokens out.
+min-p -> top-k -> top-p -> draw. All before the temperature change logits; the filters after it only take tokens out,
+and are part of the draw.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanovllm.kernels.filtering import NEG_INF, filter_top_k_top_p
-from nanovllm.kernels.sampling import GREEDY_BELOW, gumbel_argmax
+from nanovllm.kernels.filtering import NEG_INF, Filters, filtered_argmax
+from nanovllm.kernels.sampling import gumbel_argmax
 from nanovllm.sampling_params import NOTHING_LEFT
 
 NUM_ADJUSTED_AT_ONCE = 2**24  # logits, of which each takes some 25 bytes in float32 and what is made of that
@@ -29,10 +30,7 @@ class LogitsAdjustments:
     """What `n` of a batch's rows ask for; device tensors; index pairs are [2, m] int64 of (row among the n, id)."""
 
     rows: torch.Tensor  # [n] int64, rows of the batch
-    temperatures: torch.Tensor  # [n] float32
-    top_k: torch.Tensor | None = None  # [n] int64, the vocabulary's size for none
-    top_p: torch.Tensor | None = None  # [n] float32
-    min_p: torch.Tensor | None = None  # [n] float32
+    filters: Filters | None = None
     allowed: torch.Tensor | None = None  # [n, vocab] bool, from allowed_token_ids and grammars
     banned: torch.Tensor | None = None  # pairs: bad words about to be completed, ends before min_tokens
     bias: tuple[torch.Tensor, torch.Tensor] | None = None  # pairs, [m] float32
@@ -41,6 +39,11 @@ class LogitsAdjustments:
     penalized: torch.Tensor | None = None  # [p] int64, rows among the n
     penalties: torch.Tensor | None = None  # [3, p, 1] float32: presence, frequency, repetition
     counts: torch.Tensor | None = None  # [p, vocab] int32
+
+    @property
+    def changes_logits(self) -> bool:
+        changes = self.allowed, self.banned, self.bias, self.processors, self.penalized
+        return any(change is not None for change in changes)
 
 
 class Sampler(nn.Module):
@@ -54,7 +57,7 @@ class Sampler(nn.Module):
     ) -> torch.Tensor:
         """logits [B, vocab]; temperatures [B] float32; seeds, positions [B] int64 -> token ids [B] int64.
 
-        adjustments: of different rows, each of no more than `rows_at_once`.
+        adjustments: of different rows; those that change logits of no more than `rows_at_once` each.
         Not an id but -1 where the logits have no finite maximum, and NOTHING_LEFT where only the adjusted have none.
         """
         if sum(len(part.rows) for part in adjustments) < len(logits):
@@ -64,16 +67,24 @@ class Sampler(nn.Module):
         # The rows that ask are drawn by themselves: the others' logits need not be copied, nor be float32.
         for part in adjustments:
             rows = part.rows
-            asking = logits[rows].float()
-            is_sound = asking.amax(-1).isfinite()
-            drawn = gumbel_argmax(adjust_logits(asking, part), temperatures[rows], seeds[rows], positions[rows])
-            drawn = drawn.masked_fill_(drawn < 0, NOTHING_LEFT).masked_fill_(~is_sound, -1)
+            draws = temperatures[rows], seeds[rows], positions[rows]
+            if part.filters is not None and not part.changes_logits:
+                drawn = filtered_argmax(logits, rows, *draws, part.filters)
+            else:
+                asking = logits[rows].float()
+                is_sound = asking.amax(-1).isfinite()
+                asking = adjust_logits(asking, part)
+                if part.filters is not None:
+                    drawn = filtered_argmax(asking, torch.arange(len(rows), device=rows.device), *draws, part.filters)
+                else:
+                    drawn = gumbel_argmax(asking, *draws)
+                drawn = drawn.masked_fill_(drawn < 0, NOTHING_LEFT).masked_fill_(~is_sound, -1)
             token_ids.index_copy_(0, rows, drawn)
         return token_ids
 
 
 def adjust_logits(logits: torch.Tensor, a: LogitsAdjustments) -> torch.Tensor:
-    """logits [n, vocab] float32 -> logits still to be divided by the temperature; what may not be drawn is -inf."""
+    """logits [n, vocab] float32 -> what the temperature divides and the filters see; what is not allowed is -inf."""
     if a.allowed is not None:
         logits = logits.masked_fill(~a.allowed, NEG_INF)
     if a.banned is not None:
@@ -85,12 +96,7 @@ def adjust_logits(logits: torch.Tensor, a: LogitsAdjustments) -> torch.Tensor:
         logits[row] = processor(logits[row])
     if a.penalized is not None:
         logits.index_copy_(0, a.penalized, penalize(logits[a.penalized], a.penalties, a.counts))
-    scaled = logits / torch.where(a.temperatures < GREEDY_BELOW, 1.0, a.temperatures)[:, None]
-    if a.min_p is not None:
-        scaled = filter_min_p(scaled, a.min_p)
-    if a.top_k is not None or a.top_p is not None:
-        scaled = filter_top_k_top_p(scaled, a.top_k, a.top_p)
-    return logits.masked_fill(scaled == NEG_INF, NEG_INF)
+    return logits
 
 
 def penalize(logits: torch.Tensor, penalties: Any, counts: Any) -> torch.Tensor:
@@ -99,12 +105,6 @@ def penalize(logits: torch.Tensor, penalties: Any, counts: Any) -> torch.Tensor:
     logits = torch.where(counts > 0, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
     in_output = counts >> 1
     return logits - frequency * in_output - presence * (in_output > 0)
-
-
-def filter_min_p(logits: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
-    """Take out tokens whose probability is below min_p [n] times the largest."""
-    threshold = logits.amax(-1, keepdim=True) + min_p.log()[:, None]
-    return logits.masked_fill(logits < threshold, NEG_INF)
 
 
 def log_softmax(logits: torch.Tensor) -> torch.Tensor:
