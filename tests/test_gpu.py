@@ -278,9 +278,11 @@ def test_adjusted_logits_equal_the_cpus_over_a_large_vocabulary():
     for device in (torch.device("cpu"), DEVICE):
         counts = TokenCounts(16, vocab_size, device)
         for _ in range(2):  # from scratch, and with what is there already
-            (adjustments,) = prepare_sample(seqs, counts)
+            left = logits.to(device, copy=True)
             temperatures = torch.tensor([seq.sampling_params.temperature for seq in seqs], device=device)
-            adjusted.append(what_is_left(logits.to(device, copy=True), adjustments, temperatures).cpu())
+            for part in prepare_sample(seqs, counts):
+                left[part.rows] = what_is_left(left[part.rows], part, temperatures[part.rows])
+            adjusted.append(left.cpu())
     assert torch.equal(adjusted[0], adjusted[1])
     assert torch.equal(adjusted[2], adjusted[3])
     kept = [rows > float("-inf") for rows in (adjusted[0], adjusted[2])]
