@@ -14,15 +14,15 @@ from benchmarks.machine import synchronize
 from benchmarks.workload import Case
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.step_output import PendingTokens
 
 
 def host_profile(llm: LLM, case: Case, num_steps: int = 100) -> dict[str, float]:
     """Microseconds of host work per decode step of the whole `case`, by part: the mean of the middle half of the steps,
     since whatever else runs on the host strikes few steps and those hard. The engine is useless afterwards.
 
-    On a GPU every step begins when the device has done all before it, so that nothing in it is waited for: what is
-    timed is schedule, prepare (with the copies to the device and the launch) and postprocess of the step before. On a
-    CPU the model is replaced by one that answers at once. The context lengths are those of the case's prompts.
+    prepare has the copies to the device and the launch; step is all but the wait for the device's tokens. On a CPU the
+    model is replaced by one that answers at once. The context lengths are those of the case's prompts.
     """
     runner: Any = llm.model_runner
     device = llm.config.device
@@ -50,6 +50,7 @@ def host_profile(llm: LLM, case: Case, num_steps: int = 100) -> dict[str, float]
         ("prepare", runner, "run"),
         ("postprocess", llm.scheduler, "advance"),
         ("postprocess", llm.scheduler, "postprocess"),
+        ("wait", PendingTokens, "wait"),
     ]:
         setattr(owner, method, timed(part, getattr(owner, method)))
     add_requests(llm, case, [num_steps + 200] * len(case.prompts), temperature=0.6)
@@ -62,13 +63,13 @@ def host_profile(llm: LLM, case: Case, num_steps: int = 100) -> dict[str, float]
     steps = []
     for _ in range(num_steps):
         seconds.clear()
-        synchronize(device)
         start = perf_counter()
         llm.step()
-        steps.append({**seconds, "step": perf_counter() - start})
+        steps.append({"step": perf_counter() - start - seconds.pop("wait"), **seconds})
     steps.sort(key=lambda step: step["step"])
     middle = steps[num_steps // 4 : -(num_steps // 4)]
-    return {part: round(statistics.mean(step[part] for step in middle) * 1e6, 1) for part in steps[0]}
+    parts = ("schedule", "prepare", "postprocess", "step")
+    return {part: round(statistics.mean(step[part] for step in middle) * 1e6, 1) for part in parts}
 
 
 def device_profile(llm: LLM, case: Case, temperature: float, trace_file: Path, num_steps: int = 30) -> str:

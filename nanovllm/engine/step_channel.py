@@ -8,6 +8,7 @@ import mmap
 import os
 import tempfile
 from dataclasses import fields
+from operator import attrgetter
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from nanovllm.engine.batch import StepInput
 
 NUM_SLOTS = 4  # rank 0 is never more than two steps ahead
 FIELDS = tuple(field.name for field in fields(StepInput) if field.name != "data")
+values_of = attrgetter(*FIELDS)
 HEADER = 2 + len(FIELDS)  # number of integers that follow, number of the step, its fields
 
 
@@ -52,7 +54,7 @@ class StepChannel:
 
     def has_room(self) -> bool:
         """Whether every other rank has taken up the step whose slot comes next."""
-        return bool(self.num_sent - self.num_done[1:].min() < NUM_SLOTS)
+        return self.num_sent - min(self.num_done.tolist()[1:]) < NUM_SLOTS
 
     def send(self, step: StepInput) -> None:
         """For rank 0, when there is room."""
@@ -60,7 +62,7 @@ class StepChannel:
         self.num_sent += 1
         size = len(step.data)
         assert HEADER + size <= self.slot_size, "max_step_size is wrong"
-        slot[:HEADER] = size, self.num_sent, *(getattr(step, name) for name in FIELDS)
+        slot[:HEADER] = size, self.num_sent, *values_of(step)
         slot[HEADER : HEADER + size] = step.data
 
     def receive(self) -> StepInput:
