@@ -129,7 +129,7 @@ def launch_sampling() -> None:
     temperatures = empty(3, dtype=torch.float32)
     for dtype in (torch.bfloat16, torch.float32):
         sampling.gumbel_max(empty(3, 151936, dtype=dtype), temperatures, ints(3), ints(3))
-        filters = filtering.Filters(ints(3), temperatures, temperatures)
+        filters = filtering.Filters(ints(3), empty(3, dtype=torch.float64), temperatures)
         filtering.filtered_argmax(empty(5, 151936, dtype=dtype), ints(3), temperatures, ints(3), ints(3), filters)
     state = ints(8), ints(8)
     tables = torch.zeros(8, 16, dtype=torch.int32)

@@ -213,7 +213,7 @@ def test_sampling(vocab_size):
 
     def filtered(rows):
         n = len(rows)
-        filters = Filters(torch.full((n,), 50), torch.full((n,), 0.7), torch.full((n,), 0.001))
+        filters = Filters(torch.full((n,), 50), torch.full((n,), 0.7).double(), torch.full((n,), 0.001))
         return apply_filters(rows, torch.full((n,), 0.8), filters)
 
     def scores(rows):

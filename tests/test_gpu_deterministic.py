@@ -145,7 +145,7 @@ def test_sampling(vocab_size):
         n, drawn = len(rows), []
         full = lambda value: torch.full((n,), value, device="cuda")  # noqa: E731
         for top_k, top_p, min_p in ((50, 0.9, 0.001), (5000 % vocab_size, 0.7, 0.0), (vocab_size, 0.99, 0.0)):
-            filters = Filters(full(top_k), full(top_p), full(min_p))
+            filters = Filters(full(top_k), full(top_p).double(), full(min_p))
             for seed in range(8):
                 which = torch.arange(n, device="cuda")
                 drawn.append(filtered_argmax(rows, which, full(1.5), full(seed), full(4), filters))

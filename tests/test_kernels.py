@@ -212,8 +212,8 @@ FILTERS = {
 
 def make_filters(vocab_size, top_k, top_p, min_p, device):
     top_k = torch.as_tensor(top_k, device=device).clamp(max=vocab_size)
-    floats = (torch.as_tensor(values, dtype=torch.float32, device=device) for values in (top_p, min_p))
-    return filtering.Filters(top_k, *floats)
+    top_p = torch.as_tensor(top_p, dtype=torch.float64, device=device)
+    return filtering.Filters(top_k, top_p, torch.as_tensor(min_p, dtype=torch.float32, device=device))
 
 
 @on_fp32
@@ -240,19 +240,38 @@ def test_filtered_argmax(device, dtype, vocab_size, kind, spread):
         assert torch.equal(filtering.filtered_argmax_triton(logits, rows, *draws), expected)
 
 
+@on_fp32
+@pytest.mark.parametrize("vocab_size", [40, 700])  # few enough to be looked at alone, and not
+def test_of_equals_at_the_edge_of_top_p_the_highest_ids_stay(device, dtype, vocab_size):
+    num_rows = 16
+    logits = torch.full((num_rows, vocab_size), 2.5, device=device, dtype=dtype)
+    filters = make_filters(vocab_size, [ALL] * num_rows, [0.6] * num_rows, [0.0] * num_rows, device)
+    draws = torch.ones(num_rows, device=device), *random_rows(num_rows, device), filters
+    rows = torch.arange(num_rows, device=device)
+    drawn = filtering.filtered_argmax_triton(logits, rows, *draws)
+    assert torch.equal(drawn, filtering.filtered_argmax_torch(logits, rows, *draws))
+    assert drawn.min() >= vocab_size * 4 // 10
+    kept = filtering.apply_filters(logits, draws[0], filters) > float("-inf")
+    assert (kept.sum(-1) == vocab_size * 6 // 10).all()
+    assert len(drawn.unique()) > 5
+
+
 @on_targets
 def test_filtered_argmax_of_unsound_rows(device, dtype):
-    logits = torch.randn(6, 700, device=device, dtype=dtype)
+    logits = torch.randn(7, 700, device=device, dtype=dtype)
     logits[1, 300] = float("nan")
     logits[2, 3] = float("inf")
     logits[3] = float("-inf")
     logits[4] = float("-inf")
     logits[4, 699] = -1e4  # the one token that is left
-    filters = make_filters(700, [20] * 5 + [700], [0.9] * 6, [0.01] * 6, device)
-    rows = torch.arange(6, device=device)
-    drawn = filtering.filtered_argmax_triton(logits, rows, torch.ones(6, device=device), rows, rows, filters)
-    assert drawn[1:5].tolist() == [-1, -1, -1, 699]
-    assert min(drawn[0], drawn[5]) >= 0
+    logits[6] = torch.finfo(dtype).min  # finite, but no longer when the temperature has divided it
+    filters = make_filters(700, [20] * 5 + [700] * 2, [0.9] * 7, [0.01] * 7, device)
+    rows, temperatures = torch.arange(7, device=device), torch.full((7,), 0.7, device=device)
+    for run in (filtering.filtered_argmax_triton, filtering.filtered_argmax_torch):
+        drawn = run(logits, rows, temperatures, rows, rows, filters)
+        assert drawn[1:5].tolist() == [-1, -1, -1, 699]
+        assert min(drawn[0], drawn[5]) >= 0
+        assert (drawn[6] == -1) == (dtype != torch.float16)
 
 
 @on_gpu

@@ -29,6 +29,7 @@ from nanovllm.engine.token_counts import TokenCounts
 from nanovllm.kernels.filtering import apply_filters
 from nanovllm.layers import sampler
 from nanovllm.layers.sampler import LogitsAdjustments, Sampler, adjust_logits
+from nanovllm.sampling_params import NOTHING_LEFT
 
 CPU = torch.device("cpu")
 PROMPT, OUTPUT = [3, 5, 7, 7, 9], [5, 11, 11, 11, 2]
@@ -452,6 +453,22 @@ def test_rows_that_ask_are_drawn_as_if_all_were_one_batch(dtype, asking, monkeyp
     parts = prepared(seqs, NUM_TOKENS)
     assert [len(part.rows) for part in parts] == [len(asking[i : i + 2]) for i in range(0, len(asking), 2)]
     assert Sampler()(logits, temperatures, numbers, numbers, parts).tolist() == expected.tolist()
+
+
+FILTERED, BIASED = {"top_k": 5, "top_p": 0.9}, {"logit_bias": {1: 2.0}}
+
+
+@pytest.mark.parametrize("fields", [{}, FILTERED, BIASED, {**FILTERED, **BIASED}], ids=str)
+def test_rows_without_a_draw_say_whose_fault_it_is(fields):
+    """-1 for the model's logits, NOTHING_LEFT for the request's own parameters."""
+    logits = random_logits(5, NUM_TOKENS, 4)
+    logits[1, 3], logits[2, 4], logits[3] = math.nan, math.inf, -math.inf
+    nothing = SamplingParams(**fields, logits_processors=[lambda ids, logits: torch.full_like(logits, -math.inf)])
+    seqs = [make_seq(SamplingParams(**fields)) for _ in range(4)] + [make_seq(nothing)]
+    numbers = torch.arange(5)
+    tokens = Sampler()(logits, torch.full((5,), 0.7), numbers, numbers, prepared(seqs, NUM_TOKENS)).tolist()
+    assert tokens[0] >= 0
+    assert tokens[1:] == [-1, -1, -1, NOTHING_LEFT]
 
 
 def test_a_plain_batch_takes_the_plain_path(qwen3):

@@ -59,11 +59,14 @@ def find_asking(seqs: list[Sequence], vocab_size: int, device: torch.device) -> 
         # In the middle of a prompt nothing is drawn, and users' callables expect to be asked once a token.
         if seq.sampling_params.adjusts_logits and seq.num_cached_tokens + seq.num_scheduled_tokens == seq.num_tokens
     ]
-    size = rows_at_once(vocab_size)
-    changed = [row for row in rows if seqs[row].sampling_params.changes_logits]
-    parts = [changed[i : i + size] for i in range(0, len(changed), size)]
-    if len(changed) < len(rows):  # with filters alone, which need no copies of the logits
-        parts.append([row for row in rows if not seqs[row].sampling_params.changes_logits])
+    kinds: dict[tuple[bool, bool], list[int]] = {}
+    for row in rows:
+        params = seqs[row].sampling_params
+        kinds.setdefault((params.changes_logits, params.has_filters), []).append(row)
+    parts = []
+    for (changes_logits, _), own in kinds.items():
+        size = rows_at_once(vocab_size) if changes_logits else len(own)  # filters alone need no copies of the logits
+        parts += [own[i : i + size] for i in range(0, len(own), size)]
     return [asking_of(part, [seqs[row] for row in part], vocab_size, device) for part in parts]
 
 
@@ -74,7 +77,7 @@ def asking_of(rows: list[int], own: list[Sequence], vocab_size: int, device: tor
         top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
         adjustments.filters = Filters(
             top_k=column(top_k, np.int64, device),
-            top_p=column([p.top_p for p in params], np.float32, device),
+            top_p=column([p.top_p for p in params], np.float64, device),
             min_p=column([p.min_p for p in params], np.float32, device),
         )
     if any(p.allowed_token_ids for p in params):

@@ -145,7 +145,7 @@ def draw_asking(runner: "ModelRunner", batch: PrefillBatch) -> None:
     logits = runner.full_logits(torch.zeros(num_rows, num_valid, dtype=runner.config.dtype, device=runner.device))
     rows = torch.arange(min(num_rows, rows_at_once(logits.shape[1])), device=runner.device)
     half = torch.full(rows.shape, 0.5, device=runner.device)
-    filters = Filters(torch.ones_like(rows), half, half)
+    filters = Filters(torch.ones_like(rows), half.double(), half)
     asking = LogitsAdjustments(
         rows,
         filters,
@@ -154,7 +154,10 @@ def draw_asking(runner: "ModelRunner", batch: PrefillBatch) -> None:
         penalties=half.expand(3, -1).unsqueeze(-1),
         counts=torch.zeros(len(rows), logits.shape[1], dtype=torch.int32, device=runner.device),
     )
-    for part in (LogitsAdjustments(rows, filters), asking):  # the one's kernels are not the other's: logits are float32
+    for part in (
+        LogitsAdjustments(rows, filters),
+        asking,
+    ):  # kernels are compiled for the model's dtype and for float32
         token_ids = runner.sampler(logits, batch.temperatures, batch.seeds, batch.context_lens, [part])
     compute_logprobs(logits[rows], token_ids[rows], 1)
 

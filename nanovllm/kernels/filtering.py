@@ -27,7 +27,7 @@ class Filters(NamedTuple):
     """Of n rows."""
 
     top_k: torch.Tensor  # [n] int64, the vocabulary's size for none
-    top_p: torch.Tensor  # [n] float32, 1 for none
+    top_p: torch.Tensor  # [n] float64, 1 for none
     min_p: torch.Tensor  # [n] float32, 0 for none
 
 
@@ -47,7 +47,7 @@ def filtered_argmax(
         temperatures, seeds, positions, filters: [n] each.
 
     Returns:
-        [n] int64; -1 for a row whose largest logit is not finite.
+        [n] int64; -1 for a row whose largest score is not finite.
     """
     run = filtered_argmax_triton if use_triton(logits) else filtered_argmax_torch
     return run(logits, rows, temperatures, seeds, positions, filters)
@@ -69,24 +69,28 @@ def apply_filters(logits: torch.Tensor, temperatures: torch.Tensor, filters: Fil
     min_p drops tokens less likely than this share of the likeliest; top_k keeps the k largest of the rest, and what
     equals the last of them; top_p of these the fewest whose probabilities reach it. At least one token stays.
     """
+    top_k, top_p, min_p = filters
     greedy = temperatures < GREEDY_BELOW
     temperatures = torch.where(greedy, 1.0, temperatures)[:, None]
-    ascending, order = logits.sort(dim=-1, stable=True)
-    descending, order = ascending.flip(-1), order.flip(-1)  # of equals the highest id comes first
-    largest = descending[:, :1]
-    kept = descending >= largest + temperatures * filters.min_p.log()[:, None]
-    kept &= descending >= descending.gather(1, (filters.top_k - 1)[:, None])
-    weights = ((descending - largest) / temperatures).double().exp().masked_fill(~kept, 0.0)
-    before = weights.cumsum(-1) - weights  # what comes before a token
-    is_within = (before < filters.top_p[:, None] * weights.sum(-1, keepdim=True)) | (before == 0)
-    kept &= is_within | (filters.top_p >= 1.0)[:, None]
-    kept |= greedy[:, None]
-    return torch.empty_like(logits).scatter_(1, order, descending.masked_fill(~kept, NEG_INF))
+    largest = logits.amax(-1, keepdim=True)
+    kept = logits >= largest + temperatures * min_p.log()[:, None]
+    has_top_k = top_k < logits.shape[1]
+    k = torch.where(has_top_k, top_k, 1)
+    kept &= (logits >= logits.topk(int(k.max()), -1).values.gather(1, (k - 1)[:, None])) | ~has_top_k[:, None]
+    if bool((top_p < 1.0).any()):
+        ascending, order = logits.masked_fill(~kept, NEG_INF).sort(dim=-1, stable=True)
+        descending, order = ascending.flip(-1), order.flip(-1)  # of equals the highest id comes first
+        weights = ((descending - largest) / temperatures).double().exp()
+        reached = weights.cumsum(-1)
+        before = reached - weights  # what comes before a token
+        is_within = (before < top_p[:, None] * reached[:, -1:]) | (before == 0)
+        kept &= (top_p >= 1.0)[:, None] | torch.empty_like(kept).scatter_(1, order, is_within)
+    return logits.masked_fill(~(kept | greedy[:, None]), NEG_INF)
 
 
 def filtered_argmax_triton(logits, rows, temperatures, seeds, positions, filters):
     num_rows, vocab_size = len(rows), logits.shape[1]
-    assert logits.stride(1) == 1 and vocab_size < 2**20
+    assert logits.stride(1) == 1 and vocab_size <= 2**20 - BLOCK
     token_ids = torch.empty_like(positions)
     if not num_rows:
         return token_ids
@@ -162,16 +166,15 @@ def _filtered_kernel(
     sums = tl.load(sums_ptr + row * MAX_GROUPS + groups, mask=groups < num_groups, other=0.0)
     largest = tl.max(maxima, axis=0)
     token_id = row * 0 - 1
-    if (largest > float("-inf")) & (largest < float("inf")):
+    scaled = largest * inverse  # beyond all numbers where the logits or the temperature are
+    if (scaled > float("-inf")) & (scaled < float("inf")):
         total = tl.sum(sums * tl.exp((maxima - largest) * inverse), axis=0)
         floor = largest + temperature * tl.log(tl.maximum(min_p, 1e-30))  # of what min-p leaves
         floor = tl.where(min_p > 0, floor, float("-inf"))
         # The bound: below it is nothing of the top k, if that is few; else whatever FEW_GROUPS have above it is tried.
         num_needed = tl.where(top_k <= MAX_TOP_K, top_k, FEW_GROUPS)
-        is_bound = (maxima > float("-inf")) & (_num_above(maxima_ptr, num_groups, maxima, MAX_GROUPS) < num_needed)
-        bound = tl.min(tl.where(is_bound, maxima, float("inf")), axis=0)
-        bound = tl.where(tl.sum((maxima > float("-inf")).to(tl.int32), axis=0) < num_needed, float("-inf"), bound)
-        is_chosen = (maxima > float("-inf")) & (maxima >= tl.maximum(bound, floor))
+        bound = tl.maximum(_kth_of_few(maxima_ptr, num_groups, maxima, num_needed, MAX_GROUPS), floor)
+        is_chosen = (maxima > float("-inf")) & (maxima >= bound)
         tl.store(chosen_ptr + tl.cumsum(is_chosen.to(tl.int32), axis=0) - 1, groups, mask=is_chosen)
         num_chosen = tl.sum(is_chosen.to(tl.int32), axis=0)
         tl.debug_barrier()  # here and below: other threads read what these have written
@@ -183,7 +186,7 @@ def _filtered_kernel(
             group = tl.load(chosen_ptr + places, mask=places < num_chosen, other=MAX_GROUPS)
             ids = tl.where(places < num_chosen, group * GROUP + lanes % GROUP, vocab_size)
             logits = _load_logits(logits_ptr, ids, vocab_size)
-            is_candidate = (logits > float("-inf")) & (logits >= tl.maximum(bound, floor))
+            is_candidate = (logits > float("-inf")) & (logits >= bound)
             places = num_candidates + tl.cumsum(is_candidate.to(tl.int32), axis=0) - 1
             tl.store(candidates_ptr + places, logits, mask=is_candidate & (places < MAX_CANDIDATES))
             tl.store(candidate_ids_ptr + places, ids, mask=is_candidate & (places < MAX_CANDIDATES))
@@ -196,16 +199,14 @@ def _filtered_kernel(
             logits = tl.load(candidates_ptr + places, mask=is_there, other=float("-inf"))
             ids = tl.load(candidate_ids_ptr + places, mask=is_there, other=vocab_size)
             has_few = (top_k <= MAX_TOP_K) | (bound <= floor)  # all that min-p and top-k leave are here
-            kept = is_there & (_num_above(candidates_ptr, num_candidates, logits, MAX_CANDIDATES) < top_k)
+            kept = is_there & (logits >= _kth_of_few(candidates_ptr, num_candidates, logits, top_k, MAX_CANDIDATES))
             weights = tl.where(kept, tl.exp((logits - largest) * inverse), 0.0)
             weight = tl.sum(weights, axis=0)
             total = tl.where(has_few, weight, total)
             if has_few | ((top_k >= vocab_size) & (top_p < 1) & (min_p <= 0) & (weight >= top_p * total)):
-                edge = tl.min(tl.where(kept, logits, float("inf")), axis=0)
-                before = _weight_before(
-                    candidates_ptr, candidate_ids_ptr, num_candidates, logits, ids, edge, largest, inverse,
-                    MAX_CANDIDATES,
-                )  # fmt: skip
+                before = _weight_before_few(
+                    candidates_ptr, candidate_ids_ptr, num_candidates, logits, ids, largest, inverse, MAX_CANDIDATES
+                )
                 limit = tl.where(top_p < 1, top_p * total, float("inf"))
                 kept = kept & ((before < limit) | (before == 0))
                 scores = _score(logits, ids, inverse, key0, key1, is_greedy, APPROX_LOG)
@@ -228,8 +229,8 @@ def _draw_from_all(
     lanes = tl.arange(0, BLOCK)
     if top_k < vocab_size:
         floor = tl.maximum(floor, _kth_largest(logits_ptr, vocab_size, top_k, BLOCK))
-    if floor > float("-inf"):
-        total = _weight_above(logits_ptr, vocab_size, floor, -1, floor, largest, inverse, BLOCK)
+    if (top_p < 1) & (floor > float("-inf")):
+        total = _weight_before(logits_ptr, vocab_size, floor, -1, largest, inverse, BLOCK)
     pivot = floor
     token_id = top_k * 0 - 1
     is_out = top_k > 0  # which is always so
@@ -239,7 +240,7 @@ def _draw_from_all(
         for start in range(0, vocab_size, BLOCK):
             ids = start + lanes
             logits = _load_logits(logits_ptr, ids, vocab_size)
-            is_left = (logits > float("-inf")) & ((logits > pivot) | ((logits == pivot) & (ids > token_id)))
+            is_left = (logits > pivot) | ((logits == pivot) & (ids > token_id))
             scores = _score(logits, ids, inverse, key0, key1, is_greedy, APPROX_LOG)
             is_better = is_left & (scores > best)
             best = tl.where(is_better, scores, best)
@@ -248,33 +249,31 @@ def _draw_from_all(
         pivot = tl.load(logits_ptr + token_id).to(tl.float32)
         is_out = top_p < 1
         if is_out:
-            before = _weight_above(logits_ptr, vocab_size, pivot, token_id, floor, largest, inverse, BLOCK)
+            before = _weight_before(logits_ptr, vocab_size, pivot, token_id, largest, inverse, BLOCK)
             is_out = (before > 0) & (before >= top_p * total)
     return token_id
 
 
 @jit
-def _num_above(values_ptr, length, values, SIZE: tl.constexpr):
-    """How many of the `length` values there are larger than each of `values` [SIZE], in comparing them all."""
+def _kth_of_few(values_ptr, length, values, k, SIZE: tl.constexpr):
+    """The k-th largest of the `length` values there, which `values` [SIZE] are too, in comparing them all; or -inf."""
     count = tl.zeros([SIZE], tl.int32)
     for start in range(0, length, 32):
         places = start + tl.arange(0, 32)
         others = tl.load(values_ptr + places, mask=places < length, other=float("-inf"))
-        count += tl.sum((others[:, None] > values[None, :]).to(tl.int32), axis=0)
-    return count
+        count += tl.sum((others[:, None] >= values[None, :]).to(tl.int32), axis=0)
+    return tl.max(tl.where(count >= k, values, float("-inf")), axis=0)
 
 
 @jit
-def _weight_before(
-    logits_ptr, ids_ptr, length, logits, ids, edge, largest, inverse, SIZE: tl.constexpr
-):  # fmt: skip
-    """What those of the `length` tokens weigh that are not below `edge` and come before each of `logits` [SIZE]."""
+def _weight_before_few(logits_ptr, ids_ptr, length, logits, ids, largest, inverse, SIZE: tl.constexpr):
+    """What those of the `length` tokens weigh that come before each of `logits` [SIZE]."""
     weight = tl.zeros([SIZE], tl.float32)
     for start in range(0, length, 32):
         places = start + tl.arange(0, 32)
         others = tl.load(logits_ptr + places, mask=places < length, other=float("-inf"))
         other_ids = tl.load(ids_ptr + places, mask=places < length, other=-1)
-        weights = tl.where(others >= edge, tl.exp((others - largest) * inverse), 0.0)
+        weights = tl.exp((others - largest) * inverse)
         is_equal = others[:, None] == logits[None, :]
         is_before = (others[:, None] > logits[None, :]) | (is_equal & (other_ids[:, None] > ids[None, :]))
         weight += tl.sum(tl.where(is_before, weights[:, None], 0.0), axis=0)
@@ -282,13 +281,13 @@ def _weight_before(
 
 
 @jit
-def _weight_above(logits_ptr, vocab_size, value, token_id, floor, largest, inverse, BLOCK: tl.constexpr):
-    """What the tokens from `floor` on weigh that come before the token of that id and logit, in the whole row."""
+def _weight_before(logits_ptr, vocab_size, value, token_id, largest, inverse, BLOCK: tl.constexpr):
+    """What the tokens weigh that come before the token of that id and logit, in the whole row."""
     weights = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocab_size, BLOCK):
         ids = start + tl.arange(0, BLOCK)
         logits = _load_logits(logits_ptr, ids, vocab_size)
-        is_before = (logits >= floor) & ((logits > value) | ((logits == value) & (ids > token_id)))
+        is_before = (logits > value) | ((logits == value) & (ids > token_id))
         weights += tl.where(is_before, tl.exp((logits - largest) * inverse), 0.0)
     return tl.sum(weights, axis=0)
 
@@ -315,7 +314,7 @@ def _kth_largest(logits_ptr, vocab_size, k, BLOCK: tl.constexpr):
 @jit
 def _key(logits):
     """Integers from 0 to 2³² - 1 in the order of the logits."""
-    bits = tl.where(logits == 0, 0.0, logits).to(tl.int32, bitcast=True).to(tl.int64)  # -0 equals 0
+    bits = logits.to(tl.int32, bitcast=True).to(tl.int64)
     return tl.where(bits < 0, -1 - bits, bits + 0x80000000)
 
 

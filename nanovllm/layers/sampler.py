@@ -17,7 +17,7 @@ from nanovllm.kernels.filtering import NEG_INF, Filters, filtered_argmax
 from nanovllm.kernels.sampling import gumbel_argmax
 from nanovllm.sampling_params import NOTHING_LEFT
 
-NUM_ADJUSTED_AT_ONCE = 2**24  # logits, of which each takes some 25 bytes in float32 and what is made of that
+NUM_ADJUSTED_AT_ONCE = 2**24  # logits, each of which takes some 25 bytes in float32 and what is made of that
 
 
 def rows_at_once(vocab_size: int) -> int:
