@@ -231,7 +231,7 @@ def test_filtered_argmax(device, dtype, vocab_size, kind, spread):
     filters = make_filters(vocab_size, *FILTERS[kind], device)
     temperatures = torch.tensor([1.0, 0.7, 1.3, 0.0, 0.6, 2.0], device=device)
     rows = torch.tensor([4, 0, 2, 1, 5, 3], device=device)
-    num_kept = (filtering.apply_filters(logits[rows], temperatures, filters) > float("-inf")).sum(-1)
+    num_kept = (filtering.apply_filters(logits[rows], temperatures[rows], filters) > float("-inf")).sum(-1)
     assert num_kept.min() >= 1
     assert kind != "top_p" or spread > 1 or vocab_size < 4000 or num_kept.max() > filtering.MAX_CANDIDATES
     for _ in range(3):
@@ -288,8 +288,8 @@ def test_filtered_argmax_of_a_full_vocabulary(device, dtype):
         drawn = filtering.filtered_argmax(logits, rows, temperatures, seeds, positions, filters)
         assert torch.equal(drawn, sampling.gumbel_argmax(kept, temperatures, seeds, positions))
         for part in (slice(0, 1), slice(3, 40), slice(66, 130)):
-            own = [tensor[part] for tensor in (rows, temperatures, seeds, positions)]
-            of_part = filtering.filtered_argmax(logits, *own, filtering.Filters(*(values[part] for values in filters)))
+            own = filtering.Filters(*(values[part] for values in filters))
+            of_part = filtering.filtered_argmax(logits, rows[part], temperatures, seeds, positions, own)
             assert torch.equal(of_part, drawn[part])
 
 

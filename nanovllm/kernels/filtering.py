@@ -44,7 +44,8 @@ def filtered_argmax(
     Args:
         logits: [B, V], any float dtype, their last dimension contiguous.
         rows: [n] int64, which of these.
-        temperatures, seeds, positions, filters: [n] each.
+        temperatures, seeds, positions: [B] each, as of `gumbel_argmax`.
+        filters: of the n rows.
 
     Returns:
         [n] int64; -1 for a row whose largest score is not finite.
@@ -55,11 +56,10 @@ def filtered_argmax(
 
 def filtered_argmax_torch(logits, rows, temperatures, seeds, positions, filters):
     size = max(1, MAX_SORTED // logits.shape[1])
-    parts = zip(*(tensor.split(size) for tensor in (rows, temperatures, seeds, positions, *filters)))
     token_ids = []
-    for own, own_temperatures, own_seeds, own_positions, *own_filters in parts:
-        kept = apply_filters(logits[own].float(), own_temperatures, Filters(*own_filters))
-        token_ids.append(gumbel_max_torch(kept, own_temperatures, own_seeds, own_positions)[1])
+    for own, *own_filters in zip(*(tensor.split(size) for tensor in (rows, *filters))):
+        kept = apply_filters(logits[own].float(), temperatures[own], Filters(*own_filters))
+        token_ids.append(gumbel_max_torch(kept, temperatures[own], seeds[own], positions[own])[1])
     return torch.cat(token_ids)
 
 
@@ -91,7 +91,7 @@ def apply_filters(logits: torch.Tensor, temperatures: torch.Tensor, filters: Fil
 def filtered_argmax_triton(logits, rows, temperatures, seeds, positions, filters):
     num_rows, vocab_size = len(rows), logits.shape[1]
     assert logits.stride(1) == 1 and vocab_size <= 2**20 - BLOCK
-    token_ids = torch.empty_like(positions)
+    token_ids = torch.empty_like(rows)
     if not num_rows:
         return token_ids
     group_size = max(16, next_power_of_2(-(-vocab_size // MAX_GROUPS)))
@@ -127,7 +127,7 @@ def _group_kernel(
     ids = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     pdl_wait(PDL)
     source = tl.load(rows_ptr + row)
-    inverse = 1.0 / _temperature(tl.load(temperatures_ptr + row), GREEDY_BELOW)
+    inverse = 1.0 / _temperature(tl.load(temperatures_ptr + source), GREEDY_BELOW)
     logits = _load_logits(logits_ptr + source * logits_stride, ids, vocab_size)
     maxima = tl.max(logits, axis=1)
     shift = tl.where(maxima == float("-inf"), 0.0, maxima)
@@ -148,18 +148,19 @@ def _filtered_kernel(
     """One program a row."""
     pdl_wait(PDL)
     row = tl.program_id(0).to(tl.int64)
-    logits_ptr += tl.load(rows_ptr + row) * logits_stride
+    source = tl.load(rows_ptr + row)
+    logits_ptr += source * logits_stride
     maxima_ptr += row * MAX_GROUPS
     chosen_ptr += row * MAX_GROUPS
     candidates_ptr += row * MAX_CANDIDATES
     candidate_ids_ptr += row * MAX_CANDIDATES
-    temperature = tl.load(temperatures_ptr + row)
+    temperature = tl.load(temperatures_ptr + source)
     is_greedy = temperature < GREEDY_BELOW
     inverse = 1.0 / _temperature(temperature, GREEDY_BELOW)
     top_k = tl.where(is_greedy, 1, tl.load(top_k_ptr + row))
     top_p = tl.where(is_greedy, 1.0, tl.load(top_p_ptr + row))
     min_p = tl.where(is_greedy, 0.0, tl.load(min_p_ptr + row))
-    key0, key1 = row_noise_keys(tl.load(seeds_ptr + row), tl.load(positions_ptr + row))
+    key0, key1 = row_noise_keys(tl.load(seeds_ptr + source), tl.load(positions_ptr + source))
 
     groups = tl.arange(0, MAX_GROUPS)
     maxima = tl.load(maxima_ptr + groups, mask=groups < num_groups, other=float("-inf"))

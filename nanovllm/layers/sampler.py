@@ -67,10 +67,10 @@ class Sampler(nn.Module):
         # The rows that ask are drawn by themselves: the others' logits need not be copied, nor be float32.
         for part in adjustments:
             rows = part.rows
-            draws = temperatures[rows], seeds[rows], positions[rows]
             if part.filters is not None and not part.changes_logits:
-                drawn = filtered_argmax(logits, rows, *draws, part.filters)
+                drawn = filtered_argmax(logits, rows, temperatures, seeds, positions, part.filters)
             else:
+                draws = temperatures[rows], seeds[rows], positions[rows]
                 asking = logits[rows].float()
                 is_sound = asking.amax(-1).isfinite()
                 asking = adjust_logits(asking, part)
