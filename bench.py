@@ -103,10 +103,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     report: dict[str, Any] = {
         "model": Path(model).name,
         "dtype": str(dtype).removeprefix("torch."),
-        "device": machine.device_name(device),
+        **machine.provenance(device),
         "num_devices": args.tensor_parallel_size,
-        "versions": machine.versions(),
-        "commit": machine.git_commit(),
         "argv": sys.argv[1:] if argv is None else argv,
     }
     print(f"{report['model']} in {report['dtype']} on {report['device']}, commit {report['commit']}")

@@ -109,8 +109,7 @@ def main() -> None:
     peer.start()
     results = run_rank(0, unique_id, args)
     peer.join()
-    report = {"device": machine.device_name(device), "versions": machine.versions()}
-    print(json.dumps({**report, "commit": machine.git_commit(), "microseconds": results}))
+    print(json.dumps({**machine.provenance(device), "microseconds": results}))
     columns = list(results[0])
     print(" | ".join(columns))
     for row in results:

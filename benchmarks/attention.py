@@ -106,8 +106,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=12)
     args = parser.parse_args()
     device = machine.cuda_device()
-    report: dict[str, Any] = {"device": machine.device_name(device), "versions": machine.versions(), "results": []}
-    report["commit"] = machine.git_commit()
+    report: dict[str, Any] = {**machine.provenance(device), "results": []}
     cases = [
         (heads, new_tokens, num_seqs, page)
         for heads in args.heads

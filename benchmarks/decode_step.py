@@ -69,7 +69,6 @@ def main() -> None:
     args = parser.parse_args()
     device = machine.cuda_device()
     cases = [(rows, args.context) for rows in args.num_seqs] if args.num_seqs else CASES
-    report = {"device": machine.device_name(device), "versions": machine.versions(), "commit": machine.git_commit()}
     llm = LLM(args.model, max_num_seqs=256, gpu_memory_utilization=0.92)
     backend: Any = llm.model_runner.backend
     results = []
@@ -82,7 +81,7 @@ def main() -> None:
             results.append({"step": name, "num_rows": num_rows, "mean_len": mean_len, "ms": times})
             line += f"{statistics.median(times):12.3f}"
         print(line, flush=True)
-    print(json.dumps({**report, "results": results}))
+    print(json.dumps({**machine.provenance(device), "results": results}))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -60,6 +61,11 @@ def device_name(device: torch.device) -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), name)
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What belongs beside every number."""
+    return {"device": device_name(device), "versions": versions(), "commit": git_commit()}
 
 
 def versions() -> dict[str, str]:

@@ -168,9 +168,8 @@ def main() -> None:
         )
         print(f"{model:5} {name:8} {rows:4} rows, read {read:6.2f}, cuBLAS {base:6.2f} | {best}", flush=True)
         del weights
-    report = {"device": machine.device_name(device), "versions": machine.versions(), "results": results}
     if args.json:
-        args.json.write_text(json.dumps({**report, "commit": machine.git_commit()}))
+        args.json.write_text(json.dumps({**machine.provenance(device), "results": results}))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,6 @@ def main() -> None:
     device = machine.cuda_device()
     from triton.testing import do_bench
 
-    report = {"device": machine.device_name(device), "versions": machine.versions(), "commit": machine.git_commit()}
     torch.manual_seed(0)
     results = []
     print(f"{'µs a draw, by rows':32}" + "".join(f"{rows:>8}" for rows in args.num_rows))
@@ -73,7 +72,7 @@ def main() -> None:
                 results.append({"case": name, "logits": kind, "num_rows": num_rows, "us": us})
                 line += f"{us:8.0f}"
             print(line, flush=True)
-    print(json.dumps({**report, "results": results}))
+    print(json.dumps({**machine.provenance(device), "results": results}))
 
 
 if __name__ == "__main__":

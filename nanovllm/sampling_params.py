@@ -9,6 +9,7 @@ from nanovllm.utils.validation import WrongTypeError, check_bool, check_field, c
 
 MAX_LOGPROBS = 20  # vLLM's default cap
 NOTHING_LEFT = -2  # in place of a token id: what a request's own parameters ask for excludes every token
+GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them would overflow float32
 MAX_FACTOR = 1e6  # of what logits are multiplied or divided by: far below where float32 overflows
 
 
@@ -211,7 +212,8 @@ class SamplingParams:
 
     @property
     def has_filters(self) -> bool:
-        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
+        """Whether any takes part in the draw: none can take out a greedy token."""
+        return self.temperature >= GREEDY_BELOW and (self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0)
 
 
 def check_list(name: str, value: Any, expected: str = "a list") -> list[Any]:

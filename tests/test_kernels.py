@@ -31,6 +31,7 @@ from nanovllm.kernels import (  # noqa: E402
     sampling,
 )
 from nanovllm.kernels.triton_utils import num_multiprocessors  # noqa: E402
+from nanovllm.sampling_params import GREEDY_BELOW  # noqa: E402
 
 INTERPRETED = not isinstance(norm._norm_kernel, triton.JITFunction)
 NAN = float("nan")
@@ -229,7 +230,7 @@ def test_filtered_argmax(device, dtype, vocab_size, kind, spread):
     logits[1] = logits[1].round().copysign(torch.randn(vocab_size, device=device))
     logits[2, 1::3] = float("-inf")
     filters = make_filters(vocab_size, *FILTERS[kind], device)
-    temperatures = torch.tensor([1.0, 0.7, 1.3, 0.0, 0.6, 2.0], device=device)
+    temperatures = torch.tensor([1.0, 0.7, 1.3, GREEDY_BELOW, 0.6, 2.0], device=device)
     rows = torch.tensor([4, 0, 2, 1, 5, 3], device=device)
     num_kept = (filtering.apply_filters(logits[rows], temperatures[rows], filters) > float("-inf")).sum(-1)
     assert num_kept.min() >= 1

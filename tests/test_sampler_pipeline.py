@@ -495,6 +495,7 @@ def test_greedy_with_filters_and_penalties(qwen3):
     plain = llm.generate(prompt, greedy, use_tqdm=False)[0]["token_ids"]
     filtered = SamplingParams(temperature=0, top_k=3, top_p=0.5, min_p=0.2, max_tokens=30, ignore_eos=True)
     assert llm.generate(prompt, filtered, use_tqdm=False)[0]["token_ids"] == plain
+    assert not filtered.adjusts_logits  # so it takes the plain path
     penal = SamplingParams(temperature=0, repetition_penalty=1.5, frequency_penalty=0.8, max_tokens=30, ignore_eos=True)
     found = llm.generate(prompt, penal, use_tqdm=False)[0]["token_ids"]
     assert found != plain

@@ -12,8 +12,9 @@ from scipy import stats
 from nanovllm import SamplingParams
 from nanovllm.engine.input_processor import fold_seed
 from nanovllm.kernels import sampling
-from nanovllm.kernels.sampling import GREEDY_BELOW, gumbel_argmax, gumbel_noise_torch, mix32
+from nanovllm.kernels.sampling import gumbel_argmax, gumbel_noise_torch, mix32
 from nanovllm.layers.sampler import Sampler
+from nanovllm.sampling_params import GREEDY_BELOW
 
 NUM_DRAWS = 50_000
 NUM_TOKENS = 32

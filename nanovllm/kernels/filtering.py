@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanovllm.kernels.sampling import GREEDY_BELOW, gumbel, gumbel_max_torch, row_noise_keys
+from nanovllm.kernels.sampling import gumbel, gumbel_max_torch, has_approximate_log, row_noise_keys
 from nanovllm.kernels.triton_utils import jit, launch_options, next_power_of_2, pdl_wait, tl, use_triton
 
 NEG_INF = float("-inf")
@@ -39,12 +39,12 @@ def filtered_argmax(
     positions: torch.Tensor,
     filters: Filters,
 ) -> torch.Tensor:
-    """`gumbel_argmax` of n rows, over the tokens that the filters leave; the largest logit for a temperature of 0.
+    """`gumbel_argmax` of n rows, over the tokens that the filters leave.
 
     Args:
         logits: [B, V], any float dtype, their last dimension contiguous.
         rows: [n] int64, which of these.
-        temperatures, seeds, positions: [B] each, as of `gumbel_argmax`.
+        temperatures, seeds, positions: [B] each, as of `gumbel_argmax`; none of the n rows is greedy.
         filters: of the n rows.
 
     Returns:
@@ -70,8 +70,7 @@ def apply_filters(logits: torch.Tensor, temperatures: torch.Tensor, filters: Fil
     equals the last of them; top_p of these the fewest whose probabilities reach it. At least one token stays.
     """
     top_k, top_p, min_p = filters
-    greedy = temperatures < GREEDY_BELOW
-    temperatures = torch.where(greedy, 1.0, temperatures)[:, None]
+    temperatures = temperatures[:, None]
     largest = logits.amax(-1, keepdim=True)
     kept = logits >= largest + temperatures * min_p.log()[:, None]
     has_top_k = top_k < logits.shape[1]
@@ -85,7 +84,7 @@ def apply_filters(logits: torch.Tensor, temperatures: torch.Tensor, filters: Fil
         before = reached - weights  # what comes before a token
         is_within = (before < top_p[:, None] * reached[:, -1:]) | (before == 0)
         kept &= (top_p >= 1.0)[:, None] | torch.empty_like(kept).scatter_(1, order, is_within)
-    return logits.masked_fill(~(kept | greedy[:, None]), NEG_INF)
+    return logits.masked_fill(~kept, NEG_INF)
 
 
 def filtered_argmax_triton(logits, rows, temperatures, seeds, positions, filters):
@@ -103,14 +102,13 @@ def filtered_argmax_triton(logits, rows, temperatures, seeds, positions, filters
     groups_at_once = max(1, 2048 // group_size)
     _group_kernel[(num_rows, -(-num_groups // groups_at_once))](
         logits, rows, temperatures, maxima, sums, logits.stride(0), vocab_size, num_groups,
-        GREEDY_BELOW=GREEDY_BELOW, GROUP=group_size, GROUPS=groups_at_once, MAX_GROUPS=MAX_GROUPS,
-        num_warps=4, **launch_options(),
+        GROUP=group_size, GROUPS=groups_at_once, MAX_GROUPS=MAX_GROUPS, num_warps=4, **launch_options(),
     )  # fmt: skip
     _filtered_kernel[(num_rows,)](
         logits, rows, temperatures, seeds, positions, *filters, maxima, sums, chosen, candidates, candidate_ids,
         token_ids, logits.stride(0), vocab_size, num_groups,
-        GREEDY_BELOW=GREEDY_BELOW, GROUP=group_size, MAX_GROUPS=MAX_GROUPS, FEW_GROUPS=FEW_GROUPS, MAX_TOP_K=MAX_TOP_K,
-        MAX_CANDIDATES=MAX_CANDIDATES, BLOCK=BLOCK, APPROX_LOG=logits.is_cuda and torch.version.hip is None,
+        GROUP=group_size, MAX_GROUPS=MAX_GROUPS, FEW_GROUPS=FEW_GROUPS, MAX_TOP_K=MAX_TOP_K,
+        MAX_CANDIDATES=MAX_CANDIDATES, BLOCK=BLOCK, APPROX_LOG=has_approximate_log(logits),
         num_warps=NUM_WARPS, **launch_options(),
     )  # fmt: skip
     return token_ids
@@ -119,7 +117,7 @@ def filtered_argmax_triton(logits, rows, temperatures, seeds, positions, filters
 @jit(do_not_specialize=("rows_ptr", "temperatures_ptr", "num_groups"))
 def _group_kernel(
     logits_ptr, rows_ptr, temperatures_ptr, maxima_ptr, sums_ptr, logits_stride, vocab_size, num_groups,
-    GREEDY_BELOW: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, MAX_GROUPS: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, MAX_GROUPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The maximum of each group, and its weight in terms of that. One program a row and GROUPS groups."""
     row = tl.program_id(0).to(tl.int64)
@@ -127,7 +125,7 @@ def _group_kernel(
     ids = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     pdl_wait(PDL)
     source = tl.load(rows_ptr + row)
-    inverse = 1.0 / _temperature(tl.load(temperatures_ptr + source), GREEDY_BELOW)
+    inverse = 1.0 / tl.load(temperatures_ptr + source)
     logits = _load_logits(logits_ptr + source * logits_stride, ids, vocab_size)
     maxima = tl.max(logits, axis=1)
     shift = tl.where(maxima == float("-inf"), 0.0, maxima)
@@ -141,9 +139,8 @@ def _group_kernel(
 def _filtered_kernel(
     logits_ptr, rows_ptr, temperatures_ptr, seeds_ptr, positions_ptr, top_k_ptr, top_p_ptr, min_p_ptr, maxima_ptr,
     sums_ptr, chosen_ptr, candidates_ptr, candidate_ids_ptr, token_ids_ptr, logits_stride, vocab_size, num_groups,
-    GREEDY_BELOW: tl.constexpr, GROUP: tl.constexpr, MAX_GROUPS: tl.constexpr, FEW_GROUPS: tl.constexpr,
-    MAX_TOP_K: tl.constexpr, MAX_CANDIDATES: tl.constexpr, BLOCK: tl.constexpr, APPROX_LOG: tl.constexpr,
-    PDL: tl.constexpr,
+    GROUP: tl.constexpr, MAX_GROUPS: tl.constexpr, FEW_GROUPS: tl.constexpr, MAX_TOP_K: tl.constexpr,
+    MAX_CANDIDATES: tl.constexpr, BLOCK: tl.constexpr, APPROX_LOG: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a row."""
     pdl_wait(PDL)
@@ -155,11 +152,10 @@ def _filtered_kernel(
     candidates_ptr += row * MAX_CANDIDATES
     candidate_ids_ptr += row * MAX_CANDIDATES
     temperature = tl.load(temperatures_ptr + source)
-    is_greedy = temperature < GREEDY_BELOW
-    inverse = 1.0 / _temperature(temperature, GREEDY_BELOW)
-    top_k = tl.where(is_greedy, 1, tl.load(top_k_ptr + row))
-    top_p = tl.where(is_greedy, 1.0, tl.load(top_p_ptr + row))
-    min_p = tl.where(is_greedy, 0.0, tl.load(min_p_ptr + row))
+    inverse = 1.0 / temperature
+    top_k = tl.load(top_k_ptr + row)
+    top_p = tl.load(top_p_ptr + row)
+    min_p = tl.load(min_p_ptr + row)
     key0, key1 = row_noise_keys(tl.load(seeds_ptr + source), tl.load(positions_ptr + source))
 
     groups = tl.arange(0, MAX_GROUPS)
@@ -210,20 +206,19 @@ def _filtered_kernel(
                 )
                 limit = tl.where(top_p < 1, top_p * total, float("inf"))
                 kept = kept & ((before < limit) | (before == 0))
-                scores = _score(logits, ids, inverse, key0, key1, is_greedy, APPROX_LOG)
+                scores = tl.fma(logits, inverse, gumbel(ids, key0, key1, APPROX_LOG))  # as in kernels/sampling.py
                 best = tl.max(tl.where(kept, scores, float("-inf")), axis=0)
                 token_id = tl.min(tl.where(kept & (scores == best), ids, 0x7FFFFFFF), axis=0).to(tl.int64)
         if token_id < 0:
             token_id = _draw_from_all(
-                logits_ptr, vocab_size, largest, total, floor, top_k, top_p, inverse, key0, key1, is_greedy, BLOCK,
-                APPROX_LOG,
-            )  # fmt: skip
+                logits_ptr, vocab_size, largest, total, floor, top_k, top_p, inverse, key0, key1, BLOCK, APPROX_LOG
+            )
     tl.store(token_ids_ptr + row, token_id)
 
 
 @jit
 def _draw_from_all(
-    logits_ptr, vocab_size, largest, total, floor, top_k, top_p, inverse, key0, key1, is_greedy,
+    logits_ptr, vocab_size, largest, total, floor, top_k, top_p, inverse, key0, key1,
     BLOCK: tl.constexpr, APPROX_LOG: tl.constexpr,
 ):  # fmt: skip
     """Draw from the whole row; while top-p leaves the drawn token out, draw again from what is above it."""
@@ -242,7 +237,7 @@ def _draw_from_all(
             ids = start + lanes
             logits = _load_logits(logits_ptr, ids, vocab_size)
             is_left = (logits > pivot) | ((logits == pivot) & (ids > token_id))
-            scores = _score(logits, ids, inverse, key0, key1, is_greedy, APPROX_LOG)
+            scores = tl.fma(logits, inverse, gumbel(ids, key0, key1, APPROX_LOG))
             is_better = is_left & (scores > best)
             best = tl.where(is_better, scores, best)
             best_ids = tl.where(is_better, ids, best_ids)
@@ -324,14 +319,3 @@ def _load_logits(logits_ptr, ids, vocab_size):
     """float32; outside of the vocabulary -inf, and for a NaN +inf, which fails its row."""
     logits = tl.load(logits_ptr + ids, mask=ids < vocab_size, other=float("-inf")).to(tl.float32)
     return tl.where(logits != logits, float("inf"), logits)
-
-
-@jit
-def _temperature(temperature, GREEDY_BELOW: tl.constexpr):
-    return tl.where(temperature < GREEDY_BELOW, 1.0, temperature)
-
-
-@jit
-def _score(logits, ids, inverse, key0, key1, is_greedy, APPROX_LOG: tl.constexpr):
-    """As in kernels/sampling.py."""
-    return tl.where(is_greedy, logits, tl.fma(logits, inverse, gumbel(ids, key0, key1, APPROX_LOG)))

@@ -15,8 +15,8 @@ from nanovllm.kernels.triton_utils import (
     tl,
     use_triton,
 )
+from nanovllm.sampling_params import GREEDY_BELOW
 
-GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them would overflow float32
 U32 = 0xFFFFFFFF
 
 
@@ -118,7 +118,7 @@ def gumbel_max_triton(logits, temperatures, seeds, positions, first_token_id=0):
     _gumbel_tile_kernel[(batch_size, num_tiles)](
         logits, temperatures, seeds, positions, tile_scores, tile_ids,
         logits.stride(0), vocab_size, tile_blocks, num_tiles, first_token_id,
-        GREEDY_BELOW=GREEDY_BELOW, BLOCK=BLOCK, APPROX_LOG=logits.is_cuda and torch.version.hip is None,
+        GREEDY_BELOW=GREEDY_BELOW, BLOCK=BLOCK, APPROX_LOG=has_approximate_log(logits),
         num_warps=4, **launch_options(),
     )  # fmt: skip
     _gumbel_combine_kernel[(batch_size,)](
@@ -126,6 +126,11 @@ def gumbel_max_triton(logits, temperatures, seeds, positions, first_token_id=0):
         BLOCK=next_power_of_2(num_blocks), num_warps=1, **launch_options(),
     )  # fmt: skip
     return scores, token_ids
+
+
+def has_approximate_log(x: torch.Tensor) -> bool:
+    """Where the tensor is: `_log` is an instruction of NVIDIA's GPUs."""
+    return x.is_cuda and torch.version.hip is None
 
 
 @jit

@@ -58,7 +58,7 @@ class Sampler(nn.Module):
         """logits [B, vocab]; temperatures [B] float32; seeds, positions [B] int64 -> token ids [B] int64.
 
         adjustments: of different rows; those that change logits of no more than `rows_at_once` each.
-        Not an id but -1 where the logits have no finite maximum, and NOTHING_LEFT where only the adjusted have none.
+        Not an id but -1 where the largest score is not finite, and NOTHING_LEFT where only the adjustments made it so.
         """
         if sum(len(part.rows) for part in adjustments) < len(logits):
             token_ids = gumbel_argmax(logits, temperatures, seeds, positions)
