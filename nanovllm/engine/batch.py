@@ -26,11 +26,12 @@ class RequestState:
     def __init__(self, num_rows: int, max_blocks: int, padding_block: int, device: torch.device):
         self.padding_row = num_rows
         self.device = device
-        self.last_token = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
-        self.num_cached_tokens = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
-        self.temperatures = torch.zeros(num_rows + 1, dtype=torch.float32, device=device)
-        self.seeds = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
-        self.block_tables = torch.full((num_rows + 1, max_blocks), padding_block, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # or steps could write into them in that mode alone
+            self.last_token = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
+            self.num_cached_tokens = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
+            self.temperatures = torch.zeros(num_rows + 1, dtype=torch.float32, device=device)
+            self.seeds = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
+            self.block_tables = torch.full((num_rows + 1, max_blocks), padding_block, dtype=torch.int32, device=device)
 
     def write_blocks(self, updates: np.ndarray | torch.Tensor | None) -> None:
         """updates [3, U] int64: rows, indices in their tables, block ids; on the host or the device; None for none."""

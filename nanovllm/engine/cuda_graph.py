@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nanovllm.utils.context import own_modes
 from nanovllm.utils.interrupts import deferred_interrupts
 
 if TYPE_CHECKING:
@@ -67,12 +68,13 @@ class DecodeGraphs:
 
     def capture(self, bucket: int, sample: bool = True) -> None:
         """Record the step for `bucket` rows; nothing of it is executed but a warm-up on padding rows."""
-        rows = torch.full((bucket,), self.runner.state.padding_row, device=self.runner.device)
+        with torch.inference_mode(False):  # or `replay` could write into it in that mode alone
+            rows = torch.full((bucket,), self.runner.state.padding_row, device=self.runner.device)
         previous = torch.cuda.current_stream()
         # torch.cuda.graph() would collect garbage and empty the allocator's cache, 0.1 s each time.
         stream = capture_stream(self.runner.device)
         graph = torch.cuda.CUDAGraph()
-        with CAPTURE_LOCK, torch.cuda.stream(stream):
+        with CAPTURE_LOCK, torch.cuda.stream(stream), own_modes(self.runner.device):
             stream.wait_stream(previous)
             self.step(rows, sample)
             stream.synchronize()

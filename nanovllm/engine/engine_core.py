@@ -46,11 +46,7 @@ class EngineCore:
         # The current GPU is a setting of each thread, and a thread may use several engines. -1 stands for none.
         self._cuda_index = config.device.index if config.device.type == "cuda" else -1
         try:
-            with (
-                torch.cuda.device(self._cuda_index),
-                torch.autocast(config.device.type, enabled=False),
-                diagnosed(config),
-            ):
+            with torch.cuda.device(self._cuda_index), diagnosed(config):
                 self.model_runner = ModelRunner(config)
         except BaseException as error:
             release_memory(error, config.device)
@@ -97,8 +93,7 @@ class EngineCore:
 
     def _in_order(self, work: Callable[[], T]) -> T:
         """`work()`, with the state put in order first if the last one here was interrupted."""
-        # A user's autocast is for other models; this one has its types.
-        with torch.cuda.device(self._cuda_index), torch.autocast(self.config.device.type, enabled=False):
+        with torch.cuda.device(self._cuda_index):
             self._check_alive()
             try:
                 is_in_order = not self._interrupted and not self._dropped

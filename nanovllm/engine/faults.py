@@ -6,8 +6,8 @@ Called by the engine core around everything that runs the model.
 import gc
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -18,21 +18,26 @@ from nanovllm.errors import EngineDeadError
 MAX_NAMED = 20  # requests in one message
 
 
-@contextmanager
-def diagnosed(config: Config, seqs: Iterable[Sequence] = ()) -> Iterator[None]:
-    """An exception in this block says that it struck a step of `seqs`, or the start if there are none.
+class diagnosed:
+    """Around what runs the model: an exception says that it struck a step of `seqs`, or the start if there are none.
 
     Raises:
         EngineDeadError: whatever it was, the device does not answer any more.
         torch.OutOfMemoryError: with the settings to lower.
         The exception itself, with a note.
     """
-    try:
-        yield
-    except EngineDeadError:
-        raise
-    except Exception as error:
-        requests = sorted({seq.request.request_id for seq in seqs})
+
+    def __init__(self, config: Config, seqs: Iterable[Sequence] = ()):
+        self.config, self.seqs = config, seqs
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if not isinstance(error, Exception) or isinstance(error, EngineDeadError):
+            return
+        config = self.config
+        requests = sorted({seq.request.request_id for seq in self.seqs})
         where = f"in a step with {name_requests(requests)}" if requests else "while the engine started"
         if device_is_lost(config.device):
             raise EngineDeadError(f"{config.device} failed {where}: {error}") from error
@@ -44,7 +49,6 @@ def diagnosed(config: Config, seqs: Iterable[Sequence] = ()) -> Iterator[None]:
             ) from error
         if requests:
             add_note(error, f"nano-vllm: {where}")
-        raise
 
 
 def device_is_lost(device: torch.device) -> bool:

@@ -35,7 +35,7 @@ from nanovllm.kernels.sampling import gumbel_max
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.sampler import LogprobsTensors, Sampler, compute_logprobs
 from nanovllm.models import build_model, get_model_class
-from nanovllm.utils.context import Context, clear_context, set_context
+from nanovllm.utils.context import Context, clear_context, own_modes, set_context
 from nanovllm.utils.distributed import TensorParallel
 from nanovllm.utils.interrupts import deferred_interrupts
 from nanovllm.utils.loader import load_model
@@ -93,7 +93,7 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None
         if self.device.type == "cuda" and not config.enforce_eager and self.backend.supports_cuda_graph:
             self.graphs = DecodeGraphs(self, config.max_num_seqs)
-        with torch.inference_mode():
+        with own_modes(self.device):
             self.num_kvcache_blocks = self._choose_num_blocks()
             self.allocate_kv_cache(self.num_kvcache_blocks)
 
@@ -119,25 +119,30 @@ class ModelRunner:
             raise output.error
         return PendingTokens(step, output, self.workers.check if self.workers is not None else None, self.token_buffers)
 
-    @torch.inference_mode()
     def execute(self, step: StepInput, seqs: list[Sequence] | None = None) -> StepOutput:
         """This rank's part of a step. Rank 0 has the sequences, and with them what some rows ask for."""
         batch: PrefillBatch | DecodeBatch
-        runs = None
         if step.is_prefill:
             batch = prefill_batch(step, self.device)
-            logits, hidden_states = self.forward_prefill(batch, all_tokens=bool(step.num_logprob_runs))
-            temperatures, seeds, positions = batch.temperatures, batch.seeds, batch.context_lens
-            runs = self.prompt_logprobs(step, hidden_states, seqs)
         else:
             batch = self.last_decode = decode_batch(step, self.device, self.last_decode)
             self.state.write_blocks(batch.block_updates)
             if step.is_plain and self.graphs is not None:  # these draw and advance as well
                 return StepOutput(self.graphs.replay(batch.rows)[0])
-            if self.graphs is not None:
-                logits, temperatures, seeds, positions = self.graphs.replay(batch.rows, sample=False)
-            else:
-                logits, temperatures, seeds, positions = self.forward_decode(batch.rows, batch.max_context_len)
+        with own_modes(self.device):
+            return self.compute(step, batch, seqs)
+
+    def compute(self, step: StepInput, batch: PrefillBatch | DecodeBatch, seqs: list[Sequence] | None) -> StepOutput:
+        """A step that is no graph's alone."""
+        runs = None
+        if isinstance(batch, PrefillBatch):
+            logits, hidden_states = self.forward_prefill(batch, all_tokens=bool(step.num_logprob_runs))
+            temperatures, seeds, positions = batch.temperatures, batch.seeds, batch.context_lens
+            runs = self.prompt_logprobs(step, hidden_states, seqs)
+        elif self.graphs is not None:
+            logits, temperatures, seeds, positions = self.graphs.replay(batch.rows, sample=False)
+        else:
+            logits, temperatures, seeds, positions = self.forward_decode(batch.rows, batch.max_context_len)
         if step.is_plain:
             output = StepOutput(self.sample(logits, temperatures, seeds, positions))
         else:

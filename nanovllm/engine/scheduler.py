@@ -113,8 +113,9 @@ class Scheduler:
         """Take in the tokens of a step that `advance` counted; returns the sequences that they finished."""
         decoding = self._decoding
         if seqs is decoding and not self._tainted and decoding.ending_ids.isdisjoint(token_ids):
-            for running, token_id in zip(decoding, token_ids, strict=True):  # the same still run, and all go on
-                running.token_ids.append(token_id)
+            # The same still run, and all go on. By `map`, which waits for several of the lists at once where they have
+            # left the processor's caches, as they mostly have after a step's time: a loop of Python's for one by one.
+            deque(map(list.append, decoding.token_ids, token_ids), maxlen=0)
             return []
         finished = self._end_broken(seqs, token_ids) if min(token_ids, default=0) < 0 else []
         tainted = self._tainted

@@ -210,6 +210,10 @@ class DecodingSequences(list[Sequence]):
         return array("q", [seq.row for seq in self])
 
     @cached_property
+    def token_ids(self) -> list[list[int]]:
+        return [seq.token_ids for seq in self]
+
+    @cached_property
     def longest(self) -> Sequence:
         return max(self, key=lambda seq: seq.num_cached_tokens)
 

@@ -32,16 +32,16 @@ class TokenBuffers:
 
     def __init__(self, max_num_seqs: int):
         self.max_num_seqs = max_num_seqs
-        self.idle: list[tuple[torch.Tensor, torch.cuda.Event]] = []
+        self.idle: list[tuple[torch.Tensor, torch.Event]] = []
 
-    def take(self) -> tuple[torch.Tensor, torch.cuda.Event]:
+    def take(self) -> tuple[torch.Tensor, torch.Event]:
         return self.idle.pop() if self.idle else self.make()
 
-    def make(self) -> tuple[torch.Tensor, torch.cuda.Event]:
+    def make(self) -> tuple[torch.Tensor, torch.Event]:
         with torch.inference_mode(False):  # or nobody could write into it outside of the mode
-            return torch.empty(self.max_num_seqs, dtype=torch.int64, pin_memory=True), torch.cuda.Event()
+            return torch.empty(self.max_num_seqs, dtype=torch.int64, pin_memory=True), torch.Event("cuda")
 
-    def give_back(self, buffer: torch.Tensor, event: torch.cuda.Event) -> None:
+    def give_back(self, buffer: torch.Tensor, event: torch.Event) -> None:
         self.idle.append((buffer, event))
 
 
