@@ -24,6 +24,7 @@ EVENTS = {
     "hits": 2_500,
     "chunks": 2_500,
     "ahead": 10_000,  # steps launched before the tokens of the one before were read
+    "early": 500,  # a block held that is not needed yet
     "wasted_rows": 500,
     "decode_steps": 20_000,
     "length": 2_500,
@@ -98,6 +99,7 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.sim is None)
     @rule(
         block_size=st.integers(1, 4),
+        num_steps_ahead=st.integers(1, 4),
         num_spare=st.integers(0, 8),
         max_num_seqs=st.sampled_from([6, 4, 2, 1]),
         budget=st.sampled_from([20, 7, 3, 1]),
@@ -105,10 +107,11 @@ class AnyOrder(RuleBasedStateMachine):
         num_hashes=st.sampled_from([None, 1, 3]),
         completion_ratio=st.sampled_from([0.0, 0.0, None]),
     )
-    def start(self, block_size, num_spare, max_num_seqs, budget, depth, num_hashes, completion_ratio):
+    def start(self, block_size, num_steps_ahead, num_spare, max_num_seqs, budget, depth, num_hashes, completion_ratio):
         num_blocks = -(-12 // block_size) + num_spare  # 12 tokens fit whatever happens
         self.sim = Simulation(num_blocks, block_size, max_num_seqs, budget, depth, num_hashes)
         self.sim.completion_ratio = completion_ratio
+        self.sim.scheduler.num_steps_ahead = min(num_steps_ahead, block_size)
         self.groups: list = []
 
     @precondition(lambda self: self.sim is not None)

@@ -69,8 +69,9 @@ def test_a_decode_step_names_its_rows_and_what_has_grown():
 
 def test_what_decoding_sequences_foresee():
     seqs = DecodingSequences([decoding(5, 2), decoding(8, 2), decoding(6, 2, max_num_tokens=9)])
-    assert dict(seqs.full_at) == {4: [seqs[0]], 1: [seqs[1]], 3: [seqs[2]]}
+    assert dict(seqs.full_at) == {4: [seqs[0]], 1: [seqs[1]]}  # the last ends before it needs a block
     assert seqs.num_steps_to_end == 3
+    assert [seqs.full_within(num_steps) for num_steps in (1, 2, 4, 5)] == [[], [seqs[1]], [seqs[1]], [seqs[1], seqs[0]]]
     assert seqs.longest is seqs[1]
     assert seqs.is_plain and not seqs.watched
     seqs[2].is_watched = True

@@ -101,9 +101,10 @@ class BlockManager:
         """Whether that many sequences can get a block each."""
         return num_blocks <= len(self._free)
 
-    def may_append(self, seq: Sequence) -> None:
-        """Extend the table of `seq` to hold all its tokens."""
-        for _ in range(seq.num_blocks - len(seq.block_table)):
+    def may_append(self, seq: Sequence, num_ahead: int = 0) -> None:
+        """Extend the table of `seq` to hold all its tokens, and so many more."""
+        num_blocks = -(-(seq.num_tokens + num_ahead) // self.block_size)
+        for _ in range(num_blocks - len(seq.block_table)):
             seq.block_table.append(self._fresh_block())
         seq.num_slots = len(seq.block_table) * self.block_size
 

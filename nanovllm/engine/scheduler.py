@@ -23,6 +23,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.block_manager = block_manager
         self.eos = eos
+        self.num_steps_ahead = max(1, block_manager.block_size // 16)  # that a block may be given before it is needed
         self.num_preemptions = 0
         # Of the tokens that requests may generate, the share that those ended by EOS did: how far running sequences
         # are expected to grow. A guess only moves the point of admission, never correctness.
@@ -192,9 +193,12 @@ class Scheduler:
 
         False if that has to wait: a sequence whose newest token is unread cannot be recomputed.
         """
-        decoding = self._decoding
+        decoding, num_steps = self._decoding, 1
         if decoding is not None:
-            growing = decoding.full_at.get(decoding.num_steps, [])
+            growing = decoding.full_within(1)
+            # The device is told of many blocks at once nearly as quickly as of one: who needs one soon gets it now.
+            if growing and self.block_manager.can_append(len(soon := decoding.full_within(self.num_steps_ahead))):
+                growing, num_steps = soon, self.num_steps_ahead
         else:
             growing = [
                 seq for seq in self.running if seq.num_tokens > seq.num_slots and seq.num_tokens < seq.max_num_tokens
@@ -207,13 +211,11 @@ class Scheduler:
                 growing.remove(victim)
             self.preempt(victim)
         for seq in growing:
-            self.block_manager.may_append(seq)
-            # The blocks before are full and their ids read: only the newest token's can be missing.
+            self.block_manager.may_append(seq, num_steps - 1)
+            # The ids of full blocks have been read: only the newest token's can be missing.
             self.block_manager.register(seq, seq.num_cached_tokens)
         if decoding is not None:
-            decoding.full_at.pop(decoding.num_steps, None)
-            decoding.foresee(growing)
-            decoding.grown = growing
+            decoding.has_grown(growing, num_steps)
         return True
 
     def _schedule_chunk(self, seq: Sequence, budget: int) -> int:
