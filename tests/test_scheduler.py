@@ -281,12 +281,22 @@ def test_the_latest_comer_is_preempted_and_comes_back_first(depth):
     assert len(sim.finished) == 7
 
 
+@pytest.mark.parametrize("num_steps_ahead", [1, 4])
 @pytest.mark.parametrize("depth", [0, 1])
-def test_a_preempted_sequence_finds_its_own_blocks(depth):
-    sim = overbooked(depth, seed=2)
-    while sim.requests:
-        sim.step()
-    assert sim.scheduler.num_preemptions > 0
+def test_a_preempted_sequence_finds_its_own_blocks(depth, num_steps_ahead):
+    """All full ones that nobody else has been given since, however early it got the one that it was filling."""
+    sim = overbooked(depth, seed=1)
+    sim.scheduler.num_steps_ahead = num_steps_ahead
+    preempt, num_full = sim.scheduler.preempt, []
+
+    def noted(seq):
+        num_full.append((seq.num_cached_tokens // seq.block_size, seq.num_hashed_blocks))
+        preempt(seq)
+
+    sim.scheduler.preempt = noted
+    sim.run()
+    assert sim.scheduler.num_preemptions == len(num_full) > 0
+    assert all([full == hashed for full, hashed in num_full])
     assert any(
         r.seq.num_preemptions and r.seq.num_prefix_cached_tokens >= r.seq.num_prompt_tokens for r in sim.finished
     )

@@ -209,6 +209,7 @@ class Scheduler:
             victim = self.running[-1]
             if victim in growing:
                 growing.remove(victim)
+            self.block_manager.register(victim, victim.num_cached_tokens)  # to be found when it comes back
             self.preempt(victim)
         for seq in growing:
             self.block_manager.may_append(seq, num_steps - 1)
