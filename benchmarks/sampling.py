@@ -1,4 +1,4 @@
-"""GPU time of a draw by rows and filters, checked against the twin. `python -m benchmarks.sampling`.
+"""GPU time of a draw, in a graph, by rows and filters, checked against the twin. `python -m benchmarks.sampling`.
 
 Logits are bfloat16 and normal, of a small spread (flat, as of random weights: top-p leaves most of the vocabulary) and
 of a large one (peaked, more like a trained model's).
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=151_936)
     args = parser.parse_args()
     device = machine.cuda_device()
-    from triton.testing import do_bench
+    from triton.testing import do_bench_cudagraph  # else launches from Python are what few rows take
 
     torch.manual_seed(0)
     results = []
@@ -68,7 +68,7 @@ def main() -> None:
             for num_rows in args.num_rows:
                 logits = (spread * torch.randn(num_rows, args.vocab_size, device=device)).bfloat16()
                 filters = make_filters(num_rows, args.vocab_size, *case) if case is not None else None
-                us = 1e3 * do_bench(make_draw(logits, filters), warmup=5, rep=30, quantiles=[0.5])
+                us = 1e3 * do_bench_cudagraph(make_draw(logits, filters), rep=10, return_mode="median")
                 results.append({"case": name, "logits": kind, "num_rows": num_rows, "us": us})
                 line += f"{us:8.0f}"
             print(line, flush=True)
