@@ -112,9 +112,7 @@ class ModelRunner:
         if self.workers is None:
             output = self.execute(step, seqs)
         else:
-            with self.workers.together(step):
-                output = self.execute(step, seqs)
-                self.tp.end_step()
+            output = self.workers.together(step, lambda: self.execute_as_rank(step, seqs))
         if output.error is not None:
             raise output.error
         return PendingTokens(step, output, self.workers.check if self.workers is not None else None, self.token_buffers)
@@ -151,11 +149,16 @@ class ModelRunner:
         output.prompt_logprobs = runs
         return output
 
+    def execute_as_rank(self, step: StepInput, seqs: list[Sequence] | None = None) -> StepOutput:
+        """`execute`, where the other ranks do the same."""
+        output = self.execute(step, seqs)
+        self.tp.end_step()
+        return output
+
     def loop(self, next_step: Callable[[], StepInput | None]) -> None:
         """What a rank beside rank 0 does until it is told to end."""
         while (step := next_step()) is not None:
-            self.execute(step)
-            self.tp.end_step()
+            self.execute_as_rank(step)
 
     def prepare_prefill(self, seqs: list[Sequence]) -> StepInput:
         return prepare_prefill(seqs)

@@ -15,10 +15,10 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,6 +31,7 @@ from nanovllm.utils.distributed import Communicator, TensorParallel
 from nanovllm.utils.interrupts import deferred_interrupts
 from nanovllm.utils.threads import shared_cores
 
+T = TypeVar("T")
 END_S = 3.0  # for a worker to end by itself
 START_PATIENCE = 60  # times as long as a step may one stand still that is starting
 
@@ -154,12 +155,11 @@ class WorkerGroup:
         if is_lost and not isinstance(error, EngineDeadError):
             raise EngineDeadError(self.failure) from error
 
-    @contextmanager
-    def together(self, step: StepInput) -> Iterator[None]:
-        """Around rank 0's own part of `step`: the others begin theirs.
+    def together(self, step: StepInput, work: Callable[[], T]) -> T:
+        """`work()`, rank 0's own part of `step`, while the others do theirs.
 
-        Ctrl-C waits until all ranks have launched it. Whatever else goes wrong within leaves them waiting for each
-        other, so it is the end: EngineDeadError, or what else than an Exception it was, as of a handler of SIGTERM.
+        Ctrl-C waits until all ranks have launched it. Whatever else goes wrong leaves them waiting for each other, so
+        it is the end: EngineDeadError, or what else than an Exception it was, as of a handler of SIGTERM.
         """
         with deferred_interrupts():
             try:
@@ -169,7 +169,7 @@ class WorkerGroup:
                     self.check()
                 self.channel.send(step)
                 self._wake()
-                yield
+                return work()
             except EngineDeadError:
                 raise
             except BaseException as error:

@@ -1,24 +1,28 @@
 """Ctrl-C, held back for a moment: where it would leave other ranks alone, or a stream capturing."""
 
-import signal
+import _signal  # what `signal` is made of, without its enums: with them these few calls take eight times as long
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from signal import SIGINT
 from typing import Any
 
 
-@contextmanager
-def deferred_interrupts() -> Iterator[None]:
+class deferred_interrupts:
     """Ctrl-C takes effect when the block is left."""
-    previous = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(previous):
-        yield
-        return
-    caught: list[tuple[Any, ...]] = []
-    signal.signal(signal.SIGINT, lambda *args: caught.append(args))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if caught:
-            previous(*caught[0])
+
+    def __enter__(self) -> None:
+        self.caught: list[tuple[Any, ...]] = []
+        self.previous: Callable[..., Any] | None = None
+        previous = _signal.getsignal(SIGINT)
+        if threading.current_thread() is threading.main_thread() and callable(previous):  # or nobody is interrupted
+            self.previous = previous
+            _signal.signal(SIGINT, self.catch)
+
+    def catch(self, *args: Any) -> None:
+        self.caught.append(args)
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self.previous is not None:
+            _signal.signal(SIGINT, self.previous)
+            if self.caught:
+                self.previous(*self.caught[0])
