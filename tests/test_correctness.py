@@ -259,6 +259,7 @@ class PaddedDecode:
         self.buckets = batch_buckets(llm.config.max_num_seqs)
         self.sizes: list[tuple[int, int]] = []
 
+    @torch.inference_mode()  # as a graph is captured
     def replay(self, rows: torch.Tensor, sample: bool = True) -> tuple[torch.Tensor]:
         assert sample
         bucket = min(size for size in self.buckets if size >= len(rows))
