@@ -309,6 +309,17 @@ def test_graph_equals_eager(model, backend):
 
 
 @pytest.mark.parametrize("backend", CAPTURED)
+def test_inside_autocast(model, backend):
+    """Which is for the user's models: prompts, the capture of graphs and their replay compute as they do without."""
+    prompts, completions = model.requests([1, 17, 300], 20, seed=12)
+    with torch.autocast("cuda", dtype=torch.float16), model.llm(attention_backend=backend) as llm:
+        replays = Replays(llm)
+        actual = teacher_forced(llm, prompts, completions)
+    assert replays.sizes
+    assert max_difference(actual, model.expected(prompts, completions)) < TOLERANCE
+
+
+@pytest.mark.parametrize("backend", CAPTURED)
 def test_backends_agree_with_sdpa(model, backend):
     prompts, completions = model.requests(PROMPT_LENGTHS, 40, seed=7)
     results = []
