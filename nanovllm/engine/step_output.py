@@ -39,7 +39,8 @@ class TokenBuffers:
 
     def make(self) -> tuple[torch.Tensor, torch.Event]:
         with torch.inference_mode(False):  # or nobody could write into it outside of the mode
-            return torch.empty(self.max_num_seqs, dtype=torch.int64, pin_memory=True), torch.Event("cuda", enable_timing=False)
+            buffer = torch.empty(self.max_num_seqs, dtype=torch.int64, pin_memory=True)
+        return buffer, torch.Event("cuda", enable_timing=False)  # torch.cuda's looks for its stream in Python
 
     def give_back(self, buffer: torch.Tensor, event: torch.Event) -> None:
         self.idle.append((buffer, event))
