@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nanovllm.utils.context import own_modes
 from nanovllm.utils.interrupts import deferred_interrupts
 
 if TYPE_CHECKING:
@@ -74,7 +73,8 @@ class DecodeGraphs:
         # torch.cuda.graph() would collect garbage and empty the allocator's cache, 0.1 s each time.
         stream = capture_stream(self.runner.device)
         graph = torch.cuda.CUDAGraph()
-        with CAPTURE_LOCK, torch.cuda.stream(stream), own_modes(self.runner.device):
+        autocast = torch.autocast("cuda", enabled=False)  # which a user may have switched on for other models
+        with CAPTURE_LOCK, torch.cuda.stream(stream), torch.inference_mode(), autocast:
             stream.wait_stream(previous)
             self.step(rows, sample)
             stream.synchronize()

@@ -35,7 +35,7 @@ from nanovllm.kernels.sampling import gumbel_max
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.sampler import LogprobsTensors, Sampler, compute_logprobs
 from nanovllm.models import build_model, get_model_class
-from nanovllm.utils.context import Context, clear_context, own_modes, set_context
+from nanovllm.utils.context import Context, clear_context, set_context
 from nanovllm.utils.distributed import TensorParallel
 from nanovllm.utils.interrupts import deferred_interrupts
 from nanovllm.utils.loader import load_model
@@ -93,7 +93,7 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None
         if self.device.type == "cuda" and not config.enforce_eager and self.backend.supports_cuda_graph:
             self.graphs = DecodeGraphs(self, config.max_num_seqs)
-        with own_modes(self.device):
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             self.num_kvcache_blocks = self._choose_num_blocks()
             self.allocate_kv_cache(self.num_kvcache_blocks)
 
@@ -127,7 +127,8 @@ class ModelRunner:
             self.state.write_blocks(batch.block_updates)
             if step.is_plain and self.graphs is not None:  # these draw and advance as well
                 return StepOutput(self.graphs.replay(batch.rows)[0])
-        with own_modes(self.device):
+        # A user's autocast is for other models; this one has its types.
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             return self.compute(step, batch, seqs)
 
     def compute(self, step: StepInput, batch: PrefillBatch | DecodeBatch, seqs: list[Sequence] | None) -> StepOutput:

@@ -1,4 +1,4 @@
-"""What one forward pass needs beside its input ids, the only global of the forward path; and torch's modes for it."""
+"""What one forward pass needs beside its input ids: the only global of the forward path."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,10 +53,3 @@ def clear_context(context: Context) -> None:
     """Not the current one any more; another may be, since whoever keeps an exception keeps `set_context` waiting."""
     if _current.get() is context:
         _current.set(None)
-
-
-@contextmanager
-def own_modes(device: torch.device) -> Iterator[None]:
-    """Around what computes with torch: no gradients, and not the user's autocast, since the model has its types."""
-    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-        yield
