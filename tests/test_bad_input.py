@@ -751,6 +751,8 @@ class Scenario:
         """What is wrong after an interrupted `generate`; `at_once`: all is in order before anybody has the engine."""
         llm = self.llm
         try:
+            if torch.is_inference_mode_enabled():
+                return "what the user computes next would have no gradients"
             if not at_once:
                 llm._exclusive(lambda: None)
             if set(llm._requests) - set(others):
