@@ -374,7 +374,7 @@ class Simulation:
             assert last < seq.max_num_tokens  # the last is never computed
             assert len(seq.block_table) * seq.block_size >= last
             # No block that is not needed soon, or never.
-            end = min(seq.num_tokens + scheduler.num_steps_ahead - 1, max(seq.num_tokens, seq.max_num_tokens - 1))
+            end = min(seq.num_tokens + scheduler.growth_window - 1, max(seq.num_tokens, seq.max_num_tokens - 1))
             assert (len(seq.block_table) - 1) * seq.block_size < end
             counts["early"] += (len(seq.block_table) - 1) * seq.block_size >= seq.num_tokens
             decodes.append((seq.seq_id, seq.num_preemptions) in self.sampled)
@@ -484,7 +484,7 @@ def random_run(seed: int) -> Simulation:
         depth=rng.randrange(2),
         num_hashes=rng.choice([None, None, None, 1, 5]),
     )
-    sim.scheduler.num_steps_ahead = rng.randint(1, block_size)
+    sim.scheduler.growth_window = rng.randint(1, block_size)
     beginnings = [text(longest, rng.randrange(10**6)) for _ in range(2)]
     groups: list[list[Request]] = []
     for i in range(rng.randrange(60, 140)):

@@ -511,6 +511,18 @@ def test_inside_autocast(qwen3, llm):
     assert_matches(qwen3, [[1, 2, 3]], outputs, 8)
 
 
+def test_outside_of_autocast(llm, monkeypatch):
+    """Torch's own is not entered: Ctrl-C inside it would leave its count of nested blocks wrong for good."""
+    entered = []
+    enter = torch.autocast.__enter__
+    monkeypatch.setattr(torch.autocast, "__enter__", lambda self: (entered.append(self), enter(self))[1])
+    llm.generate([[1, 2, 3]], greedy(8), use_tqdm=False)
+    assert entered == []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        llm.generate([[1, 2, 3]], greedy(8), use_tqdm=False)
+    assert len(entered) > 1
+
+
 def test_a_template_runs_in_a_sandbox(chat_llm):
     template = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
     with pytest.raises(Exception, match="unsafe"):

@@ -281,12 +281,12 @@ def test_the_latest_comer_is_preempted_and_comes_back_first(depth):
     assert len(sim.finished) == 7
 
 
-@pytest.mark.parametrize("num_steps_ahead", [1, 4])
+@pytest.mark.parametrize("growth_window", [1, 4])
 @pytest.mark.parametrize("depth", [0, 1])
-def test_a_preempted_sequence_finds_its_own_blocks(depth, num_steps_ahead):
+def test_a_preempted_sequence_finds_its_own_blocks(depth, growth_window):
     """All full ones that nobody else has been given since, however early it got the one that it was filling."""
     sim = overbooked(depth, seed=1)
-    sim.scheduler.num_steps_ahead = num_steps_ahead
+    sim.scheduler.growth_window = growth_window
     preempt, num_full = sim.scheduler.preempt, []
 
     def noted(seq):
@@ -300,6 +300,22 @@ def test_a_preempted_sequence_finds_its_own_blocks(depth, num_steps_ahead):
     assert any(
         r.seq.num_preemptions and r.seq.num_prefix_cached_tokens >= r.seq.num_prompt_tokens for r in sim.finished
     )
+
+
+@pytest.mark.parametrize("growth_window", [1, 16])
+def test_a_block_given_early_delays_no_admission(growth_window):
+    """It is not counted once more among those to come."""
+    sim = Simulation(5, 256, max_num_seqs=8, budget=4096)
+    sim.scheduler.growth_window = growth_window
+    longest, early = sim.add(text(253, 1), 600).seq, sim.add(text(246, 2), 200).seq  # 4 blocks and 2: at the peak 5
+    while len(longest.block_table) < 2:
+        sim.step()
+    assert len(early.block_table) == (2 if growth_window > 1 else 1)
+    late = sim.add(text(10, 3), 10)
+    sim.step()
+    assert late.seq.status is SequenceStatus.RUNNING
+    sim.run()
+    assert sim.scheduler.num_preemptions == 0
 
 
 def test_first_come_first_served():

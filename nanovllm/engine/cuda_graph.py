@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nanovllm.utils.interrupts import deferred_interrupts
+from nanovllm.utils.modes import without_autocast
 
 if TYPE_CHECKING:
     from nanovllm.engine.model_runner import ModelRunner
@@ -73,8 +74,7 @@ class DecodeGraphs:
         # torch.cuda.graph() would collect garbage and empty the allocator's cache, 0.1 s each time.
         stream = capture_stream(self.runner.device)
         graph = torch.cuda.CUDAGraph()
-        autocast = torch.autocast("cuda", enabled=False)  # which a user may have switched on for other models
-        with CAPTURE_LOCK, torch.cuda.stream(stream), torch.inference_mode(), autocast:
+        with CAPTURE_LOCK, torch.cuda.stream(stream), torch.inference_mode(), without_autocast(self.runner.device):
             stream.wait_stream(previous)
             self.step(rows, sample)
             stream.synchronize()

@@ -33,7 +33,7 @@ class diagnosed:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, where_raised: Any) -> None:
         if not isinstance(error, Exception) or isinstance(error, EngineDeadError):
             return
         config = self.config

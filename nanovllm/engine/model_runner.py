@@ -39,6 +39,7 @@ from nanovllm.utils.context import Context, clear_context, set_context
 from nanovllm.utils.distributed import TensorParallel
 from nanovllm.utils.interrupts import deferred_interrupts
 from nanovllm.utils.loader import load_model
+from nanovllm.utils.modes import without_autocast
 
 
 class ModelRunner:
@@ -93,7 +94,7 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None
         if self.device.type == "cuda" and not config.enforce_eager and self.backend.supports_cuda_graph:
             self.graphs = DecodeGraphs(self, config.max_num_seqs)
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+        with torch.inference_mode(), without_autocast(self.device):
             self.num_kvcache_blocks = self._choose_num_blocks()
             self.allocate_kv_cache(self.num_kvcache_blocks)
 
@@ -127,12 +128,11 @@ class ModelRunner:
             self.state.write_blocks(batch.block_updates)
             if step.is_plain and self.graphs is not None:  # these draw and advance as well
                 return StepOutput(self.graphs.replay(batch.rows)[0])
-        # A user's autocast is for other models; this one has its types.
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+        with torch.inference_mode(), without_autocast(self.device):
             return self.compute(step, batch, seqs)
 
     def compute(self, step: StepInput, batch: PrefillBatch | DecodeBatch, seqs: list[Sequence] | None) -> StepOutput:
-        """A step that is no graph's alone."""
+        """What runs eagerly, in torch's modes: a step that is not all in one graph."""
         runs = None
         if isinstance(batch, PrefillBatch):
             logits, hidden_states = self.forward_prefill(batch, all_tokens=bool(step.num_logprob_runs))

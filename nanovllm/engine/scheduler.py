@@ -23,7 +23,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.block_manager = block_manager
         self.eos = eos
-        self.num_steps_ahead = max(1, block_manager.block_size // 16)  # that a block may be given before it is needed
+        self.growth_window = max(1, block_manager.block_size // 16)  # steps; a block may be given so early
         self.num_preemptions = 0
         # Of the tokens that requests may generate, the share that those ended by EOS did: how far running sequences
         # are expected to grow. A guess only moves the point of admission, never correctness.
@@ -193,12 +193,14 @@ class Scheduler:
 
         False if that has to wait: a sequence whose newest token is unread cannot be recomputed.
         """
-        decoding, num_steps = self._decoding, 1
+        decoding, window = self._decoding, 1
         if decoding is not None:
-            growing = decoding.full_within(1)
-            # The device is told of many blocks at once nearly as quickly as of one: who needs one soon gets it now.
-            if growing and self.block_manager.can_append(len(soon := decoding.full_within(self.num_steps_ahead))):
-                growing, num_steps = soon, self.num_steps_ahead
+            growing = decoding.full_within(window)
+            if growing:
+                # The device is told of many blocks nearly as quickly as of one: who needs one soon gets it now.
+                growing_soon = decoding.full_within(self.growth_window)
+                if self.block_manager.can_append(len(growing_soon)):
+                    growing, window = growing_soon, self.growth_window
         else:
             growing = [
                 seq for seq in self.running if seq.num_tokens > seq.num_slots and seq.num_tokens < seq.max_num_tokens
@@ -212,11 +214,11 @@ class Scheduler:
             self.block_manager.register(victim, victim.num_cached_tokens)  # to be found when it comes back
             self.preempt(victim)
         for seq in growing:
-            self.block_manager.may_append(seq, num_steps - 1)
+            self.block_manager.may_append(seq, window - 1)
             # The ids of full blocks have been read: only the newest token's can be missing.
             self.block_manager.register(seq, seq.num_cached_tokens)
         if decoding is not None:
-            decoding.has_grown(growing, num_steps)
+            decoding.has_grown(growing, window)
         return True
 
     def _schedule_chunk(self, seq: Sequence, budget: int) -> int:
@@ -269,11 +271,12 @@ class Forecast:
         to_come = seq.max_num_tokens - seq.num_tokens
         if not seq.sampling_params.ignore_eos:
             to_come = int(to_come * self.completion_ratio)
-        num_blocks = -(-to_come // self.block_size)
-        if seq.num_tokens + to_come - 1 <= seq.num_blocks * self.block_size:  # the last token is never computed
+        num_held = max(seq.num_blocks, len(seq.block_table))  # one may have been given early
+        num_blocks = -(-to_come // self.block_size) - (num_held - seq.num_blocks)
+        if seq.num_tokens + to_come - 1 <= num_held * self.block_size:  # the last token is never computed
             num_blocks = 0
         self.total_to_come += num_blocks
-        insort(self.ends, (num_blocks, seq.num_blocks))
+        insort(self.ends, (num_blocks, num_held))
 
     def fits(self, num_free_blocks: int) -> bool:
         """Whether `num_free_blocks` are enough."""

@@ -206,14 +206,14 @@ class DecodingSequences(list[Sequence]):
             if seq.num_slots < seq.max_num_tokens - 1:  # the last token is never computed
                 self.full_at[self.num_steps + seq.num_slots - seq.num_tokens + 1].append(seq)
 
-    def full_within(self, num_steps: int) -> list[Sequence]:
-        """Who needs a block in the next `num_steps` steps."""
+    def full_within(self, window: int) -> list[Sequence]:
+        """Who needs a block in the next `window` steps."""
         full_at, now = self.full_at, self.num_steps
-        return [seq for step in range(now, now + num_steps) if step in full_at for seq in full_at[step]]
+        return [seq for step in range(now, now + window) if step in full_at for seq in full_at[step]]
 
-    def has_grown(self, grown: list[Sequence], num_steps: int) -> None:
-        """Each of `grown`, those of `full_within(num_steps)`, has been given a block."""
-        for step in range(self.num_steps, self.num_steps + num_steps):
+    def has_grown(self, grown: list[Sequence], window: int) -> None:
+        """Each of `grown`, those of `full_within(window)`, has been given a block."""
+        for step in range(self.num_steps, self.num_steps + window):
             self.full_at.pop(step, None)
         self.foresee(grown)
         self.grown = grown
