@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,7 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_channel import FIELDS, StepChannel, max_step_size
 from nanovllm.engine.step_output import PendingTokens
+from nanovllm.engine.worker import AWAKE_S, wait_on
 from nanovllm.utils import nccl, peer_memory, threads
 from nanovllm.utils.distributed import TensorParallel, check_divisible
 from nanovllm.utils.interrupts import deferred_interrupts
@@ -1099,6 +1101,47 @@ def test_the_largest_step_fits(qwen3):
     assert not sender.has_room()
     for channel in (sender, receiver):
         os.close(channel.fd)
+
+
+@pytest.mark.parametrize("ended_by", ["shutdown", "close"])
+@pytest.mark.parametrize("pause_s", [0.0, 1.5 * AWAKE_S])
+def test_a_rank_gets_each_step_once_whether_it_looks_or_sleeps(pause_s, ended_by):
+    seq = Sequence([1, 2], SamplingParams(), 9, 16)
+    seq.block_table, seq.row, seq.num_scheduled_tokens = [0], 0, 2
+    step = batch.prepare_prefill([seq])
+    sender = StepChannel(2, 100)
+    receiver = StepChannel(2, 100, os.dup(sender.fd))
+    ear, bell = os.pipe()
+    ours, theirs = socket.socketpair()
+    received: list[int | None] = []
+
+    def receive() -> None:
+        next_step = wait_on(ear, theirs, receiver, 1)
+        while (step := next_step()) is not None:
+            received.append(step.num_tokens)
+        received.append(None)
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    for num_tokens in range(9):
+        time.sleep(pause_s)
+        while not sender.has_room():
+            time.sleep(0.001)
+        step.num_tokens = num_tokens
+        sender.send(step)
+        os.write(bell, b"\0")
+    wait_until(lambda: len(received) == 9)
+    time.sleep(pause_s)
+    if ended_by == "shutdown":  # as where a fork holds copies
+        ours.shutdown(socket.SHUT_WR)
+    else:
+        ours.close()
+    thread.join(10)
+    assert received == [*range(9), None]
+    for descriptor in (ear, bell, sender.fd, receiver.fd):
+        os.close(descriptor)
+    for sock in (ours, theirs):
+        sock.close()
 
 
 @pytest.mark.parametrize(("field", "value"), [(0, -1), (0, 10**9), (1, 0), (1, 2)])

@@ -1,5 +1,6 @@
 """A tensor-parallel rank beside rank 0: `python -m nanovllm.engine.worker`, as engine/worker_group.py starts it."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,11 +21,14 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.step_channel import StepChannel
 from nanovllm.utils.distributed import TensorParallel
 
+AWAKE_S = 0.1  # after a step, or how long another may take to come before this rank sleeps
+LOOK_S = 5e-5  # a step is launched while the one before runs, and may come so late
+
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides
     parent = os.getppid()
-    rank, socket_fd, lifeline, memory_fd = map(int, sys.argv[1:])
+    rank, socket_fd, lifeline, memory_fd, bell = map(int, sys.argv[1:])
     sock = socket.socket(fileno=socket_fd)
 
     def tell(**message: str) -> None:
@@ -51,7 +55,7 @@ def main() -> None:
 
         runner = ModelRunner(config, rank, meet, lambda: tell(state="loaded"))
         tell(state="started")
-        runner.loop(wait_on(sock, channel, rank))
+        runner.loop(wait_on(bell, sock, channel, rank))
         code = 0
     except BaseException as error:
         traceback.print_exc()
@@ -61,12 +65,26 @@ def main() -> None:
         os._exit(code)  # at once: peers may be gone, and what there is to free ends with the process
 
 
-def wait_on(sock: socket.socket, channel: StepChannel, rank: int) -> Callable[[], StepInput | None]:
-    """Sleeps until the next step; None when there will be no other."""
+def wait_on(bell: int, sock: socket.socket, channel: StepChannel, rank: int) -> Callable[[], StepInput | None]:
+    """Waits for the next step; None when there will be no other, as rank 0 has shut its side of the socket down.
+
+    Who has just had one looks for the next, and sleeps only when none comes for a while: to wake a sleeping process up
+    takes rank 0 up to 0.1 ms in a virtual machine.
+    """
+    os.set_blocking(bell, False)
+
+    def has_rung() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            return bool(os.read(bell, 1))
+        return False
 
     def next_step() -> StepInput | None:
-        if not sock.recv(1):  # rank 0 has shut its side down
-            return None
+        end = time.monotonic() + AWAKE_S
+        while not has_rung():
+            if time.monotonic() < end:
+                time.sleep(LOOK_S)
+            elif sock.fileno() in readable([bell, sock.fileno()]):
+                return None
         step = channel.receive()
         channel.done(rank)
         return step

@@ -1,8 +1,9 @@
 """Rank 0's side of the other tensor-parallel ranks: they start, are told of steps, die and end. Used by the runner.
 
 Each of them (engine/worker.py) is a process of its own, started as a program, so that no script needs a `__main__`
-guard. It inherits three files: a socket (a byte wakes it up, the end of file ends it; it answers in JSON), the memory
-of the step channel, and the read end of a pipe that closes when rank 0's process ends, however that happens.
+guard. It inherits four files: a socket (it answers in JSON; the end of file ends it), the memory of the step channel,
+the read end of a pipe with a byte for every step, which wakes it up, and of one that closes when rank 0's process ends,
+however that happens.
 """
 
 import json
@@ -47,6 +48,7 @@ class WorkerGroup:
         self.failure: str | None = None
         self.communicator: Communicator | None = None
         self.sockets: list[socket.socket] = []
+        self.bells: list[int] = []  # the write ends of the pipes with a byte for every step
         self.processes: list[subprocess.Popen] = []
         self.states = [0] * self.size  # which of STATES each rank has reached
         self._watcher: threading.Thread | None = None
@@ -94,19 +96,22 @@ class WorkerGroup:
 
     def _start(self, rank: int, lifeline: int) -> None:
         ours, theirs = socket.socketpair()
-        descriptors = theirs.fileno(), lifeline, self.channel.fd
+        ear, bell = os.pipe()
+        self._held.callback(os.close, bell)
+        descriptors = theirs.fileno(), lifeline, self.channel.fd, ear
         # Where this process looks for modules, in its order, and where this very package is.
         path = os.pathsep.join(
             [*(entry or os.getcwd() for entry in sys.path), str(Path(__file__).resolve().parents[2])]
         )
-        process = subprocess.Popen(
-            [sys.executable, "-m", "nanovllm.engine.worker", str(rank), *map(str, descriptors)],
-            pass_fds=descriptors,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # a terminal's Ctrl-C is for rank 0 alone
-            env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
-        )
-        theirs.close()
+        with theirs, open(ear, "rb"):
+            process = subprocess.Popen(
+                [sys.executable, "-m", "nanovllm.engine.worker", str(rank), *map(str, descriptors)],
+                pass_fds=descriptors,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # a terminal's Ctrl-C is for rank 0 alone
+                env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+            )
+        self.bells.append(bell)
         self.sockets.append(ours)
         self.processes.append(process)
 
@@ -168,7 +173,8 @@ class WorkerGroup:
                     time.sleep(1e-4)
                     self.check()
                 self.channel.send(step)
-                self._wake()
+                for bell in self.bells:
+                    os.write(bell, b"\0")
                 return work()
             except EngineDeadError:
                 raise
@@ -180,10 +186,6 @@ class WorkerGroup:
                 if not isinstance(error, Exception):
                     raise
                 raise EngineDeadError(self.failure) from error
-
-    def _wake(self) -> None:
-        for sock in self.sockets:
-            sock.send(b"\0")
 
     def check(self) -> None:
         """Raise EngineDeadError if a rank is lost."""
@@ -229,10 +231,10 @@ class WorkerGroup:
                     self.states[rank] = STATES.index(answer["state"])
                 # All ranks do the same, one thing after another: who stays behind rank 0 hangs, whatever lives in it;
                 # but a CPU may only be slow.
-                own = int(self.channel.progress[rank])
-                is_behind = own < int(self.channel.progress[0])
-                busy_s = int(self.channel.busy_s[rank]) if self.device.type == "cpu" else 0
-                sign = (own, busy_s) if is_behind else (-1, int(self.channel.heartbeats[rank]))
+                own = self.channel.progress[rank]
+                is_behind = own < self.channel.progress[0]
+                busy_s = self.channel.busy_s[rank] if self.device.type == "cpu" else 0
+                sign = (own, busy_s) if is_behind else (-1, self.channel.heartbeats[rank])
                 mark = self.states[rank], *sign
                 if marks.get(rank) != mark:
                     marks[rank], num_polls[rank] = mark, 0
@@ -296,7 +298,7 @@ class WorkerGroup:
     def _end_kindly(self) -> None:
         if self.failure is not None or min(self.states[1:]) < STATES.index("started"):
             return
-        if self.channel.num_sent > self.channel.num_done[1:].min():  # nobody needs these steps any more
+        if self.channel.num_sent > min(self.channel.num_done[1:]):  # nobody needs these steps any more
             return
         with suppress(subprocess.TimeoutExpired, OSError):
             for sock in self.sockets:

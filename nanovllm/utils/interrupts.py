@@ -1,7 +1,6 @@
 """Ctrl-C, held back for a moment: where it would leave other ranks alone, or a stream capturing."""
 
 import _signal  # what `signal` is made of, without its enums: with them these few calls take eight times as long
-import threading
 from collections.abc import Callable
 from signal import SIGINT
 from typing import Any
@@ -14,9 +13,12 @@ class deferred_interrupts:
         self.caught: list[tuple[Any, ...]] = []
         self.previous: Callable[..., Any] | None = None
         previous = _signal.getsignal(SIGINT)
-        if threading.current_thread() is threading.main_thread() and callable(previous):  # or nobody is interrupted
-            self.previous = previous
-            _signal.signal(SIGINT, self.catch)
+        if callable(previous):  # or nobody is interrupted
+            try:
+                _signal.signal(SIGINT, self.catch)
+                self.previous = previous
+            except ValueError:  # not the main thread, which alone is interrupted
+                pass
 
     def catch(self, *args: Any) -> None:
         self.caught.append(args)
