@@ -100,7 +100,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(
         block_size=st.integers(1, 4),
         growth_window=st.integers(1, 4),
-        num_spare=st.integers(0, 8),
+        num_spare=st.integers(0, 4),
         max_num_seqs=st.sampled_from([6, 4, 2, 1]),
         budget=st.sampled_from([20, 7, 3, 1]),
         depth=st.integers(0, 1),

@@ -1012,6 +1012,18 @@ def test_a_script_without_a_main_guard_and_the_interpreters_exit(qwen3, tmp_path
     assert_gone([int(pid)])
 
 
+def test_standard_input_is_closed(qwen3):
+    """As of some daemons: its number must not become that of a file that workers inherit, who have a stream there."""
+    script = 'exec "$0" -c "$1" "$2" <&-'
+    command = ["sh", "-c", script, sys.executable, PROGRAM, str(qwen3.path)]
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=HANGING_S)
+    assert process.returncode == 0
+    with qwen3.llm() as llm:
+        assert process.stdout.splitlines()[1] == str(
+            llm.generate([[1, 2, 3]], greedy(5), use_tqdm=False)[0]["token_ids"]
+        )
+
+
 @pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_rank_0s_process_ends_from_outside(qwen3, sig):
     with program(PROGRAM + SLEEP, qwen3) as process:
@@ -1103,7 +1115,7 @@ def test_the_largest_step_fits(qwen3):
         os.close(channel.fd)
 
 
-@pytest.mark.parametrize("ended_by", ["shutdown", "close"])
+@pytest.mark.parametrize("ended_by", ["pipe", "socket"])
 @pytest.mark.parametrize("pause_s", [0.0, 1.5 * AWAKE_S])
 def test_a_rank_gets_each_step_once_whether_it_looks_or_sleeps(pause_s, ended_by):
     seq = Sequence([1, 2], SamplingParams(), 9, 16)
@@ -1121,7 +1133,7 @@ def test_a_rank_gets_each_step_once_whether_it_looks_or_sleeps(pause_s, ended_by
             received.append(step.num_tokens)
         received.append(None)
 
-    thread = threading.Thread(target=receive)
+    thread = threading.Thread(target=receive, daemon=True)
     thread.start()
     for num_tokens in range(9):
         time.sleep(pause_s)
@@ -1132,13 +1144,13 @@ def test_a_rank_gets_each_step_once_whether_it_looks_or_sleeps(pause_s, ended_by
         os.write(bell, b"\0")
     wait_until(lambda: len(received) == 9)
     time.sleep(pause_s)
-    if ended_by == "shutdown":  # as where a fork holds copies
+    if ended_by == "socket":  # as where a fork holds copies of the pipe's end
         ours.shutdown(socket.SHUT_WR)
     else:
-        ours.close()
+        os.close(bell)
     thread.join(10)
     assert received == [*range(9), None]
-    for descriptor in (ear, bell, sender.fd, receiver.fd):
+    for descriptor in (ear, sender.fd, receiver.fd, *([bell] if ended_by == "socket" else [])):
         os.close(descriptor)
     for sock in (ours, theirs):
         sock.close()

@@ -42,8 +42,8 @@ def create_memory(size_bytes: int) -> int:
 class StepChannel:
     """A ring of steps, and of each rank: heartbeats, steps taken up, how far in them it is, seconds it has computed.
 
-    Rank 0 writes it in every step with the processor's caches cold: as bytes, since numpy would take several times as
-    long for so little.
+    A slot has HEADER integers, then the step's data. Rank 0 writes both as bytes: with the processor's caches cold,
+    as they are in a step, numpy would take longer.
     """
 
     def __init__(self, num_ranks: int, max_step_size: int, fd: int | None = None):

@@ -21,14 +21,14 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.step_channel import StepChannel
 from nanovllm.utils.distributed import TensorParallel
 
-AWAKE_S = 0.1  # after a step, or how long another may take to come before this rank sleeps
-LOOK_S = 5e-5  # a step is launched while the one before runs, and may come so late
+AWAKE_S = 0.1  # how long a rank looks for its next step before it sleeps
+LOOK_S = 5e-5  # between two looks; what it costs is hidden, since a step is launched while the one before runs
 
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides
     parent = os.getppid()
-    rank, socket_fd, lifeline, memory_fd, bell = map(int, sys.argv[1:])
+    rank, socket_fd, lifeline, memory_fd, ear = map(int, sys.argv[1:])
     sock = socket.socket(fileno=socket_fd)
 
     def tell(**message: str) -> None:
@@ -55,7 +55,7 @@ def main() -> None:
 
         runner = ModelRunner(config, rank, meet, lambda: tell(state="loaded"))
         tell(state="started")
-        runner.loop(wait_on(bell, sock, channel, rank))
+        runner.loop(wait_on(ear, sock, channel, rank))
         code = 0
     except BaseException as error:
         traceback.print_exc()
@@ -65,26 +65,29 @@ def main() -> None:
         os._exit(code)  # at once: peers may be gone, and what there is to free ends with the process
 
 
-def wait_on(bell: int, sock: socket.socket, channel: StepChannel, rank: int) -> Callable[[], StepInput | None]:
-    """Waits for the next step; None when there will be no other, as rank 0 has shut its side of the socket down.
+def wait_on(ear: int, sock: socket.socket, channel: StepChannel, rank: int) -> Callable[[], StepInput | None]:
+    """Waits for the next step; None when there will be no other, as rank 0 has closed the pipe.
 
     Who has just had one looks for the next, and sleeps only when none comes for a while: to wake a sleeping process up
     takes rank 0 up to 0.1 ms in a virtual machine.
     """
-    os.set_blocking(bell, False)
+    os.set_blocking(ear, False)
 
-    def has_rung() -> bool:
+    def listen() -> bytes | None:
+        """A byte for a step, empty at the end; None for neither."""
         with contextlib.suppress(BlockingIOError):
-            return bool(os.read(bell, 1))
-        return False
+            return os.read(ear, 1)
+        return None
 
     def next_step() -> StepInput | None:
         end = time.monotonic() + AWAKE_S
-        while not has_rung():
+        while (byte := listen()) is None:
             if time.monotonic() < end:
                 time.sleep(LOOK_S)
-            elif sock.fileno() in readable([bell, sock.fileno()]):
+            elif sock.fileno() in readable([ear, sock.fileno()]):  # a fork of rank 0's process keeps the pipe open
                 return None
+        if not byte:
+            return None
         step = channel.receive()
         channel.done(rank)
         return step

@@ -1,8 +1,8 @@
 """Rank 0's side of the other tensor-parallel ranks: they start, are told of steps, die and end. Used by the runner.
 
 Each of them (engine/worker.py) is a process of its own, started as a program, so that no script needs a `__main__`
-guard. It inherits four files: a socket (it answers in JSON; the end of file ends it), the memory of the step channel,
-the read end of a pipe with a byte for every step, which wakes it up, and of one that closes when rank 0's process ends,
+guard. It inherits four files: a socket (it answers in JSON), the memory of the step channel, and the read ends of two
+pipes: of one with a byte for every step, whose end is its own, and of one that closes when rank 0's process ends,
 however that happens.
 """
 
@@ -48,7 +48,7 @@ class WorkerGroup:
         self.failure: str | None = None
         self.communicator: Communicator | None = None
         self.sockets: list[socket.socket] = []
-        self.bells: list[int] = []  # the write ends of the pipes with a byte for every step
+        self.bells: list[int] = []  # write ends of the pipes with a byte for every step
         self.processes: list[subprocess.Popen] = []
         self.states = [0] * self.size  # which of STATES each rank has reached
         self._watcher: threading.Thread | None = None
@@ -63,6 +63,16 @@ class WorkerGroup:
             raise
 
     def _start_all(self, config: Config) -> None:
+        with ExitStack() as held:
+            # Where a standard stream is closed, its number must not become a file's that workers inherit.
+            while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+                held.callback(os.close, descriptor)
+            os.close(descriptor)
+            self._start_workers(config)
+        self._watcher = threading.Thread(target=self._watch, name="nanovllm-workers", daemon=True)
+        self._watcher.start()
+
+    def _start_workers(self, config: Config) -> None:
         step_size = max_step_size(config.max_num_batched_tokens, config.max_num_seqs, config.max_blocks)
         self.channel = StepChannel(self.size, step_size)
         self._held.callback(delattr, self, "channel")  # and with it what maps the memory
@@ -91,19 +101,17 @@ class WorkerGroup:
                 self._start(rank, lifeline)
         for sock in self.sockets:
             sock.sendall(boot.encode() + b"\n")
-        self._watcher = threading.Thread(target=self._watch, name="nanovllm-workers", daemon=True)
-        self._watcher.start()
 
     def _start(self, rank: int, lifeline: int) -> None:
         ours, theirs = socket.socketpair()
         ear, bell = os.pipe()
-        self._held.callback(os.close, bell)
+        self.bells.append(bell)
         descriptors = theirs.fileno(), lifeline, self.channel.fd, ear
         # Where this process looks for modules, in its order, and where this very package is.
         path = os.pathsep.join(
             [*(entry or os.getcwd() for entry in sys.path), str(Path(__file__).resolve().parents[2])]
         )
-        with theirs, open(ear, "rb"):
+        with theirs, open(ear, "rb"):  # the worker has copies of these
             process = subprocess.Popen(
                 [sys.executable, "-m", "nanovllm.engine.worker", str(rank), *map(str, descriptors)],
                 pass_fds=descriptors,
@@ -111,7 +119,6 @@ class WorkerGroup:
                 start_new_session=True,  # a terminal's Ctrl-C is for rank 0 alone
                 env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
             )
-        self.bells.append(bell)
         self.sockets.append(ours)
         self.processes.append(process)
 
@@ -291,6 +298,7 @@ class WorkerGroup:
         if self._watcher is not None and self._watcher is not threading.current_thread():
             self._watcher.join()
         self.communicator = None
+        self._close_bells()
         for sock in self.sockets:
             sock.close()
         self._held.close()
@@ -301,11 +309,16 @@ class WorkerGroup:
         if self.channel.num_sent > min(self.channel.num_done[1:]):  # nobody needs these steps any more
             return
         with suppress(subprocess.TimeoutExpired, OSError):
+            self._close_bells()
             for sock in self.sockets:
-                sock.shutdown(socket.SHUT_WR)  # `close` would not do where a fork holds a copy
+                sock.shutdown(socket.SHUT_WR)  # where a fork holds copies of the bells
             deadline = time.monotonic() + END_S
             for process in self.processes:
                 process.wait(timeout=max(0.0, deadline - time.monotonic()))
+
+    def _close_bells(self) -> None:
+        while self.bells:
+            os.close(self.bells.pop())
 
     def _kill(self) -> None:
         for process in self.processes:

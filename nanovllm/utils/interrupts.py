@@ -1,6 +1,7 @@
 """Ctrl-C, held back for a moment: where it would leave other ranks alone, or a stream capturing."""
 
 import _signal  # what `signal` is made of, without its enums: with them these few calls take eight times as long
+import threading
 from collections.abc import Callable
 from signal import SIGINT
 from typing import Any
@@ -17,8 +18,9 @@ class deferred_interrupts:
             try:
                 _signal.signal(SIGINT, self.catch)
                 self.previous = previous
-            except ValueError:  # not the main thread, which alone is interrupted
-                pass
+            except ValueError:  # of another thread, which nobody interrupts; else of a handler of another signal
+                if threading.current_thread() is threading.main_thread():
+                    raise
 
     def catch(self, *args: Any) -> None:
         self.caught.append(args)
