@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bench
-from benchmarks import scaling
+from benchmarks import scaling, tell_ranks
 from benchmarks.profiling import kernel_table
 from benchmarks.workload import WORKLOADS, Case, ModelBytes, floor_bytes, make_case, min_steps
 
@@ -113,6 +113,13 @@ def test_scaling(qwen3, tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match=r"^error: bench.py --model nosuch .* ended with exit code 1"):
         scaling.main(["--model", "nosuch", "--ranks", "1"])
+
+
+def test_tell_ranks(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tell_ranks", "--num-ranks", "3", "--num-rows", "4", "--num-steps", "40"])
+    tell_ranks.main()
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert all(case["us"] > 0 for case in results.values())
 
 
 def test_kernel_table_counts_overlap_once():
