@@ -5,6 +5,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from unittest import mock
 import torch
 
 from benchmarks.machine import synchronize
+from benchmarks.stand_ins import stand_ins
 from benchmarks.workload import Case
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.block_manager import BlockManager
@@ -27,9 +29,9 @@ def host_profile(llm: LLM, case: Case, num_steps: int = 320) -> dict[str, float]
     steps, since whatever else runs on the host strikes few of them and those hard. The engine is useless afterwards.
 
     prepare has the copies to the device and the launch; step is all but the wait for the device's tokens. On a CPU a
-    graph that does nothing stands for the model, and a pause for the device's step: after one the processor's caches
-    have been put to other uses, and the same work takes several times as long. The context lengths are those of the
-    case's prompts.
+    graph that does nothing stands for the model, processes that do nothing for further ranks, and a pause for the
+    device's step: after one the processor's caches have been put to other uses, and the same work takes several times
+    as long. The context lengths are those of the case's prompts.
     """
     runner: Any = llm.model_runner
     device = llm.config.device
@@ -61,15 +63,18 @@ def host_profile(llm: LLM, case: Case, num_steps: int = 320) -> dict[str, float]
         ("postprocess", llm.scheduler, "postprocess"),
     ]:
         setattr(owner, method, timed(part, getattr(owner, method)))
-    add_requests(llm, case, [num_steps + 200] * len(case.prompts), temperature=0.6)
-    while llm.scheduler.waiting or not all(seq.is_decoding for seq in llm.scheduler.running):
-        llm.step()
-    for _ in range(10):
-        llm.step()
-    if len(llm.scheduler.running) < len(case.prompts):
-        raise SystemExit("--host-profile: raise --max-num-seqs, so that all requests decode together")
     steps = []
-    with mock.patch.object(PendingTokens, "wait", timed("wait", PendingTokens.wait)):
+    with (
+        stand_ins(runner) if device.type == "cpu" else nullcontext(),
+        mock.patch.object(PendingTokens, "wait", timed("wait", PendingTokens.wait)),
+    ):
+        add_requests(llm, case, [num_steps + 200] * len(case.prompts), temperature=0.6)
+        while llm.scheduler.waiting or not all(seq.is_decoding for seq in llm.scheduler.running):
+            llm.step()
+        for _ in range(10):
+            llm.step()
+        if len(llm.scheduler.running) < len(case.prompts):
+            raise SystemExit("--host-profile: raise --max-num-seqs, so that all requests decode together")
         for _ in range(num_steps):
             time.sleep(pause_s)
             seconds.clear()

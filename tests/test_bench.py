@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bench
-from benchmarks import scaling, tell_ranks
+from benchmarks import scaling
 from benchmarks.profiling import kernel_table
 from benchmarks.workload import WORKLOADS, Case, ModelBytes, floor_bytes, make_case, min_steps
 
@@ -82,8 +82,10 @@ def test_range_of_lengths_and_one_output_token(run):
     assert "floor_share" not in result
 
 
-def test_host_profile(run):
-    report, _ = run("--host-profile", "--workload", "bench", "--num-seqs", "20", "--input-len", "10-40")
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_host_profile(run, num_ranks):
+    report, _ = run("--host-profile", "--workload", "bench", "--num-seqs", "20", "--input-len", "10-40",
+                    "--tensor-parallel-size", str(num_ranks))  # fmt: skip
     parts = report["host_us_per_step"]
     assert set(parts) == {"schedule", "prepare", "postprocess", "step"}
     assert 0 < parts["schedule"] + parts["prepare"] + parts["postprocess"] <= parts["step"]
@@ -113,13 +115,6 @@ def test_scaling(qwen3, tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match=r"^error: bench.py --model nosuch .* ended with exit code 1"):
         scaling.main(["--model", "nosuch", "--ranks", "1"])
-
-
-def test_tell_ranks(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["tell_ranks", "--num-ranks", "3", "--num-rows", "4", "--num-steps", "40"])
-    tell_ranks.main()
-    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
-    assert all(case["us"] > 0 for case in results.values())
 
 
 def test_kernel_table_counts_overlap_once():
