@@ -82,13 +82,13 @@ END_S = 5.0  # no process of an engine survives it for longer
 
 
 def send_nonsense(llm: LLM) -> None:
-    """The next step that a worker is told of has a number that it cannot have, on which it raises."""
+    """The next step that a worker is told of is of a kind that there is not, on which it raises."""
     channel = llm.model_runner.workers.channel
     send = channel.send
 
-    def sends(step: Any) -> None:
+    def sends(step: Any) -> bytes:
         send(step)
-        channel.slots[(channel.num_sent - 1) % len(channel.slots), 1] = 77
+        return b"?"
 
     channel.send = sends
 

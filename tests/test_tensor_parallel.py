@@ -39,8 +39,8 @@ from helpers import (
 from nanovllm import LLM, AsyncLLM, EngineDeadError, SamplingParams
 from nanovllm.engine import batch, engine_core, kv_cache, model_runner, worker_group
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.step_channel import FIELDS, StepChannel, max_step_size
+from nanovllm.engine.sequence import DecodingSequences, Sequence
+from nanovllm.engine.step_channel import AGAIN, FIELDS, NEW, StepChannel, max_step_size
 from nanovllm.engine.step_output import PendingTokens
 from nanovllm.engine.worker import AWAKE_S, wait_on
 from nanovllm.utils import nccl, peer_memory, threads
@@ -418,10 +418,11 @@ def test_an_exception_in_a_workers_step(qwen3, capfd):
     pids = worker_pids(llm)
 
     def lie(send: Any) -> Any:
-        def sends(step: Any) -> None:
-            send(step)
+        def sends(step: Any) -> bytes:
+            told = send(step)
             channel = llm.model_runner.workers.channel
             channel.slots[(channel.num_sent - 1) % len(channel.slots), 1] = 77
+            return told
 
         return sends
 
@@ -1102,8 +1103,7 @@ def test_the_largest_step_fits(qwen3):
     receiver = StepChannel(2, size, os.dup(sender.fd))
     for _ in range(6):  # more than there are slots
         assert sender.has_room()
-        sender.send(step)
-        received = receiver.receive()
+        received = receiver.receive(sender.send(step))
         receiver.done(1)
         assert all(getattr(received, name) == getattr(step, name) for name in FIELDS)
         assert (received.data == step.data).all()
@@ -1112,6 +1112,56 @@ def test_the_largest_step_fits(qwen3):
         sender.send(step)
     assert not sender.has_room()
     for channel in (sender, receiver):
+        os.close(channel.fd)
+
+
+def test_most_steps_are_the_one_before_once_more(qwen3):
+    """Of the same sequences without a new block; not of a prompt, nor of the step after one."""
+    prompts = many_prompts(3)
+    told = []
+    with qwen3.llm(tensor_parallel_size=2, kvcache_block_size=16) as llm:
+
+        def noted(send: Any) -> Any:
+            return lambda step: (told.append((send(step), step.is_prefill, step.num_updates)), told[-1][0])[1]
+
+        with replaced(llm.model_runner.workers.channel, "send", noted):
+            outputs = llm.generate(prompts, greedy(40), use_tqdm=False)
+    assert_matches(qwen3, prompts, outputs, 40)
+    again = [(is_prefill, num_updates) for byte, is_prefill, num_updates in told if byte == AGAIN]
+    assert set(again) == {(False, 0)}
+    assert len(told) > len(again) > 25
+
+
+def test_a_step_once_more_is_the_step_that_was_made():
+    seqs = []
+    for row in (3, 1):
+        seq = Sequence([1] * (30 + row), SamplingParams(), 99, 16)
+        seq.block_table, seq.row, seq.num_slots, seq.num_device_blocks = [row, row + 4, row + 8], row, 48, 3
+        seq.num_cached_tokens = len(seq) - 1
+        seqs.append(seq)
+    decoding = DecodingSequences(seqs)
+    sender = StepChannel(2, 100)
+    receiver = StepChannel(2, 100, os.dup(sender.fd))
+    told = []
+    for number in range(9):
+        if number == 5:
+            seqs[1].block_table.append(12)  # which `grown` tells of, since nobody has grown after the start
+        step = batch.prepare_decode(decoding)
+        told.append(sender.send(step))
+        received = receiver.receive(told[-1])
+        receiver.done(1)
+        assert all(getattr(received, name) == getattr(step, name) for name in FIELDS)
+        assert (received.data == step.data).all()
+        assert step.num_updates == (number == 5)
+        for seq in seqs:
+            seq.num_cached_tokens, seq.num_tokens = seq.num_tokens, seq.num_tokens + 1
+    assert told == [NEW] + 4 * [AGAIN] + 2 * [NEW] + 2 * [AGAIN]
+    with pytest.raises(ValueError, match="step 10: told by the byte b'x'"):
+        receiver.receive(b"x")
+    late = StepChannel(2, 100, os.dup(sender.fd))
+    with pytest.raises(ValueError, match="step 1: told"):
+        late.receive(AGAIN)
+    for channel in (sender, receiver, late):
         os.close(channel.fd)
 
 
@@ -1140,8 +1190,7 @@ def test_a_rank_gets_each_step_once_whether_it_looks_or_sleeps(pause_s, ended_by
         while not sender.has_room():
             time.sleep(0.001)
         step.num_tokens = num_tokens
-        sender.send(step)
-        os.write(bell, b"\0")
+        os.write(bell, sender.send(step))
     wait_until(lambda: len(received) == 9)
     time.sleep(pause_s)
     if ended_by == "socket":  # as where a fork holds copies of the pipe's end
@@ -1165,7 +1214,7 @@ def test_what_cannot_have_been_sent_is_refused(field, value):
     sender.send(batch.prepare_prefill([seq]))
     sender.slots[0, field] = value
     with pytest.raises(ValueError, match="step 1"):
-        receiver.receive()
+        receiver.receive(NEW)
     for channel in (sender, receiver):
         os.close(channel.fd)
 

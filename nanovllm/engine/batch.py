@@ -131,7 +131,9 @@ def prepare_decode(seqs: list[Sequence]) -> StepInput:
         num_logprob_runs=0,
         max_seqlen_q=1,
         max_context_len=decoding.longest.num_cached_tokens + 1,
-        data=np.frombuffer(decoding.rows + updates if updates else decoding.rows, dtype=np.int64),
+        data=np.concatenate([decoding.rows, updates])
+        if updates
+        else decoding.rows,  # the same array, which says it all
     )
 
 

@@ -1,6 +1,5 @@
 """One completion of a request: its tokens, its progress and the KV blocks it holds. Plain Python, no torch."""
 
-from array import array
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -8,6 +7,8 @@ from enum import Enum, auto
 from functools import cached_property
 from itertools import count
 from typing import Any
+
+import numpy as np
 
 from nanovllm.sampling_params import NOTHING_LEFT, SamplingParams
 
@@ -219,8 +220,8 @@ class DecodingSequences(list[Sequence]):
         self.grown = grown
 
     @cached_property
-    def rows(self) -> array:
-        return array("q", [seq.row for seq in self])
+    def rows(self) -> np.ndarray:
+        return np.array([seq.row for seq in self], dtype=np.int64)
 
     @cached_property
     def token_ids(self) -> list[list[int]]:

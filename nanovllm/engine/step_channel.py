@@ -1,14 +1,15 @@
 """The shared memory through which rank 0 tells the others of a step: integers of a fixed layout, no pickle.
 
 Called by engine/worker_group.py and worker.py. The memory has no name: it is an anonymous file that workers inherit, so
-nothing can be left behind and nobody else can open it. Waking a rank up is not done here but by a byte in a pipe.
+nothing can be left behind and nobody else can open it. That there is a step they are told by a byte in a pipe. For most
+steps that is all: the decode step before once more, each row a token further.
 """
 
 import mmap
 import os
 import struct
 import tempfile
-from dataclasses import fields
+from dataclasses import fields, replace
 from operator import attrgetter
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from nanovllm.engine.batch import StepInput
 
 NUM_SLOTS = 4  # rank 0 is never more than two steps ahead
+NEW, AGAIN = b"\0", b"\1"  # a step is in its slot; it is the one before, each row a token further
 FIELDS = tuple(field.name for field in fields(StepInput) if field.name != "data")
 values_of = attrgetter(*FIELDS)
 HEADER = 2 + len(FIELDS)  # number of integers that follow, number of the step, its fields
@@ -42,8 +44,7 @@ def create_memory(size_bytes: int) -> int:
 class StepChannel:
     """A ring of steps, and of each rank: heartbeats, steps taken up, how far in them it is, seconds it has computed.
 
-    A slot has HEADER integers, then the step's data. Rank 0 writes both as bytes: with the processor's caches cold,
-    as they are in a step, numpy would take longer.
+    A slot has HEADER integers, then the step's data; a step that is the one before AGAIN leaves its slot as it is.
     """
 
     def __init__(self, num_ranks: int, max_step_size: int, fd: int | None = None):
@@ -58,6 +59,7 @@ class StepChannel:
         self.slots = np.frombuffer(self._mmap, np.int64, offset=self._slots_begin).reshape(NUM_SLOTS, self.slot_size)
         self.num_sent = self.num_received = 0
         self._num_taken = 0  # steps that every other rank had taken up when rank 0 last looked
+        self._previous: StepInput | None = None  # sent or received
 
     def has_room(self) -> bool:
         """Whether every other rank has taken up the step whose slot comes next."""
@@ -65,30 +67,43 @@ class StepChannel:
             self._num_taken = min(self.num_done[1:])
         return self.num_sent - self._num_taken < NUM_SLOTS
 
-    def send(self, step: StepInput) -> None:
-        """For rank 0, when there is room."""
-        begin = self._slots_begin + 8 * self.slot_size * (self.num_sent % NUM_SLOTS)
-        self.num_sent += 1
+    def send(self, step: StepInput) -> bytes:
+        """For rank 0, when there is room: what to tell the others in their pipes."""
+        previous, self._previous = self._previous, step
+        number = self.num_sent
+        self.num_sent = number + 1
+        # The same array has the rows of the same sequences, and nothing else; see `prepare_decode`.
+        if previous is not None and step.data is previous.data and step.max_context_len == previous.max_context_len + 1:
+            return AGAIN
+        begin = self._slots_begin + 8 * self.slot_size * (number % NUM_SLOTS)
         size = len(step.data)
         assert HEADER + size <= self.slot_size, "max_step_size is wrong"
-        pack_header(self._mmap, begin, size, self.num_sent, *values_of(step))
+        pack_header(self._mmap, begin, size, number + 1, *values_of(step))
         begin += 8 * HEADER
         self._mmap[begin : begin + 8 * size] = step.data.data
+        return NEW
 
-    def receive(self) -> StepInput:
-        """For another rank, once it has been woken up. The step's data are a copy.
+    def receive(self, told: bytes) -> StepInput:
+        """For another rank, which has been `told` of a step in its pipe. The step's data are a copy.
 
         Raises ValueError for what rank 0 can never have sent.
         """
+        previous = self._previous
         slot = self.slots[self.num_received % NUM_SLOTS]
         self.num_received += 1
+        if told == AGAIN and previous is not None:
+            self._previous = step = replace(previous, max_context_len=previous.max_context_len + 1)
+            return step
+        if told != NEW:
+            raise ValueError(f"step {self.num_received}: told by the byte {told!r}")
         size, number, *values = slot[:HEADER].tolist()
         if number != self.num_received:
             raise ValueError(f"step {self.num_received}: the channel holds number {number}")
         if not 0 <= size <= self.slot_size - HEADER:
             raise ValueError(f"step {number}: {size} integers, where at most {self.slot_size - HEADER} fit")
         data = slot[HEADER : HEADER + size].copy()
-        return StepInput(**dict(zip(FIELDS, values)), data=data)  # what was True is 1
+        self._previous = step = StepInput(**dict(zip(FIELDS, values)), data=data)  # what was True is 1
+        return step
 
     def done(self, rank: int) -> None:
         """The step received last has been taken up: its slot may be used again."""

@@ -81,14 +81,14 @@ def wait_on(ear: int, sock: socket.socket, channel: StepChannel, rank: int) -> C
 
     def next_step() -> StepInput | None:
         end = time.monotonic() + AWAKE_S
-        while (byte := listen()) is None:
+        while (told := listen()) is None:
             if time.monotonic() < end:
                 time.sleep(LOOK_S)
             elif sock.fileno() in readable([ear, sock.fileno()]):  # a fork of rank 0's process keeps the pipe open
                 return None
-        if not byte:
+        if not told:
             return None
-        step = channel.receive()
+        step = channel.receive(told)
         channel.done(rank)
         return step
 

@@ -179,9 +179,9 @@ class WorkerGroup:
                 while not self.channel.has_room():
                     time.sleep(1e-4)
                     self.check()
-                self.channel.send(step)
+                told = self.channel.send(step)
                 for bell in self.bells:
-                    os.write(bell, b"\0")
+                    os.write(bell, told)
                 return work()
             except EngineDeadError:
                 raise
