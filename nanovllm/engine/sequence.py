@@ -1,5 +1,6 @@
 """One completion of a request: its tokens, its progress and the KV blocks it holds. Plain Python, no torch."""
 
+from array import array
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -7,8 +8,6 @@ from enum import Enum, auto
 from functools import cached_property
 from itertools import count
 from typing import Any
-
-import numpy as np
 
 from nanovllm.sampling_params import NOTHING_LEFT, SamplingParams
 
@@ -220,8 +219,8 @@ class DecodingSequences(list[Sequence]):
         self.grown = grown
 
     @cached_property
-    def rows(self) -> np.ndarray:
-        return np.array([seq.row for seq in self], dtype=np.int64)
+    def rows(self) -> array:
+        return array("q", [seq.row for seq in self])
 
     @cached_property
     def token_ids(self) -> list[list[int]]:
@@ -245,3 +244,4 @@ class DecodingSequences(list[Sequence]):
         return watched(self)
 
     asking: Any = None  # list of engine/adjustments.py's: what those of them ask for that does not change
+    data: Any = None  # array of engine/batch.py's: what a step says that only goes on
