@@ -121,6 +121,8 @@ def block_updates(seqs: list[Sequence]) -> array:
 def prepare_decode(seqs: list[Sequence]) -> StepInput:
     decoding = seqs if isinstance(seqs, DecodingSequences) else DecodingSequences(seqs)
     updates = block_updates(decoding.grown)
+    if decoding.data is None:
+        decoding.data = np.frombuffer(decoding.rows, dtype=np.int64)
     return StepInput(
         is_prefill=False,
         is_plain=decoding.is_plain,
@@ -131,9 +133,8 @@ def prepare_decode(seqs: list[Sequence]) -> StepInput:
         num_logprob_runs=0,
         max_seqlen_q=1,
         max_context_len=decoding.longest.num_cached_tokens + 1,
-        data=np.concatenate([decoding.rows, updates])
-        if updates
-        else decoding.rows,  # the same array, which says it all
+        # Without updates the same array each time, which the step channel knows again.
+        data=np.frombuffer(decoding.rows + updates, dtype=np.int64) if updates else decoding.data,
     )
 
 
