@@ -4,9 +4,11 @@ import contextlib
 import dataclasses
 import gc
 import inspect
+import io
 import math
 import random
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,8 @@ from helpers import (
 )
 
 from nanovllm import LLM, SamplingParams, StructuredOutputsParams
-from nanovllm.engine import llm_engine
 from nanovllm.engine.fair_lock import FairLock
+from nanovllm.utils import progress
 from nanovllm.utils.validation import WrongTypeError
 
 LONG = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
@@ -533,6 +535,36 @@ def test_a_template_runs_in_a_sandbox(chat_llm):
 # ---- everything else ----
 
 
+class Terminal(io.StringIO):
+    """Takes `num_writes`, and then fails as a pipe does that nobody reads."""
+
+    def __init__(self, num_writes: float):
+        super().__init__()
+        self.num_writes = num_writes
+
+    def write(self, text: str) -> int:
+        self.num_writes -= 1
+        if self.num_writes < 0:
+            raise BrokenPipeError(32, "Broken pipe")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("num_writes", [math.inf, 3, 0])
+def test_a_progress_bar_never_costs_the_outputs(qwen3, llm, monkeypatch, num_writes):
+    prompts = many_prompts(6)
+    terminal = Terminal(num_writes)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    outputs = llm.generate(prompts, greedy(8), use_tqdm=True)
+    assert_matches(qwen3, prompts, outputs, 8)
+    if num_writes == math.inf:
+        assert "6/6" in terminal.getvalue()
+        assert "output tok/s" in terminal.getvalue()
+    else:
+        assert terminal.num_writes < 0
+    terminal.close()
+    assert_matches(qwen3, prompts, llm.generate(prompts, greedy(8), use_tqdm=True), 8)
+
+
 def test_stats_and_reset_prefix_cache(qwen3):
     llm = qwen3.llm(num_kvcache_blocks=40, max_num_seqs=2)
     idle = {"num_waiting": 0, "num_running": 0, "num_free_blocks": 40, "num_blocks": 40, "num_preemptions": 0}
@@ -565,7 +597,7 @@ def test_progress_shows_requests_and_both_rates(llm, capsys):
     assert "output tok/s" in shown
     llm.generate(["ab"], greedy(4), use_tqdm=False)
     assert capsys.readouterr().err == ""
-    assert llm_engine.tqdm is tqdm.auto.tqdm, "which is a widget in notebooks"
+    assert progress.tqdm is tqdm.auto.tqdm, "which is a widget in notebooks"
 
 
 def test_threads_get_their_own_results(qwen3):

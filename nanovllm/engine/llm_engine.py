@@ -6,13 +6,12 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from nanovllm.engine.engine_core import EngineCore
 from nanovllm.engine.input_processor import Prompt
 from nanovllm.engine.request import Call, Request
 from nanovllm.outputs import RequestOutput, StreamDelta
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.progress import Progress
 from nanovllm.utils.validation import check_bool
 
 
@@ -143,7 +142,7 @@ class LLMEngine(EngineCore):
                 self._step()
             return call.take_finished(finished)
 
-        progress = tqdm(total=len(requests), desc="Generating", unit="req", dynamic_ncols=True, disable=not use_tqdm)
+        progress = Progress(len(requests), use_tqdm)
         start, num_prompt, num_output = perf_counter(), 0, 0
         try:
             self._enqueue(requests, call)
@@ -155,13 +154,11 @@ class LLMEngine(EngineCore):
                     outputs[request.request_id] = request.output()
                     num_prompt += len(request.prompt_token_ids)
                     num_output += sum(len(seq.completion_token_ids) for seq in request.seqs)
-                    progress.update()
-                if finished and use_tqdm:
+                if finished:
                     elapsed = perf_counter() - start
-                    progress.set_postfix_str(
-                        f"{num_prompt / elapsed:.0f} prompt + {num_output / elapsed:.0f} output tok/s"
-                    )
-                finished.clear()
+                    rates = f"{num_prompt / elapsed:.0f} prompt + {num_output / elapsed:.0f} output tok/s"
+                    progress.update(len(finished), rates)
+                    finished.clear()
         except BaseException:
             self._drop(requests)
             raise
