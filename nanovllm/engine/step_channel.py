@@ -7,7 +7,6 @@ steps that is all: the decode step before once more, each row a token further.
 
 import mmap
 import os
-import struct
 import tempfile
 from dataclasses import fields, replace
 from operator import attrgetter
@@ -21,7 +20,6 @@ NEW, AGAIN = b"\0", b"\1"  # a step is in its slot; it is the one before, each r
 FIELDS = tuple(field.name for field in fields(StepInput) if field.name != "data")
 values_of = attrgetter(*FIELDS)
 HEADER = 2 + len(FIELDS)  # number of integers that follow, number of the step, its fields
-pack_header = struct.Struct(f"{HEADER}q").pack_into
 
 
 def max_step_size(max_num_batched_tokens: int, max_num_seqs: int, max_blocks: int) -> int:
@@ -55,8 +53,7 @@ class StepChannel:
         self._mmap = mmap.mmap(self.fd, 8 * num_integers)
         of_ranks = [memoryview(self._mmap).cast("q")[i * num_ranks : (i + 1) * num_ranks] for i in range(4)]
         self.heartbeats, self.num_done, self.progress, self.busy_s = of_ranks  # progress: see TensorParallel
-        self._slots_begin = 32 * num_ranks  # in bytes
-        self.slots = np.frombuffer(self._mmap, np.int64, offset=self._slots_begin).reshape(NUM_SLOTS, self.slot_size)
+        self.slots = np.frombuffer(self._mmap, np.int64)[4 * num_ranks :].reshape(NUM_SLOTS, self.slot_size)
         self.num_sent = self.num_received = 0
         self._num_taken = 0  # steps that every other rank had taken up when rank 0 last looked
         self._previous: StepInput | None = None  # sent or received
@@ -70,17 +67,15 @@ class StepChannel:
     def send(self, step: StepInput) -> bytes:
         """For rank 0, when there is room: what to tell the others in their pipes."""
         previous, self._previous = self._previous, step
-        number = self.num_sent
-        self.num_sent = number + 1
+        slot_index = self.num_sent % NUM_SLOTS
+        self.num_sent += 1
         # The same array has the rows of the same sequences, and nothing else; see `prepare_decode`.
         if previous is not None and step.data is previous.data and step.max_context_len == previous.max_context_len + 1:
             return AGAIN
-        begin = self._slots_begin + 8 * self.slot_size * (number % NUM_SLOTS)
-        size = len(step.data)
+        slot, size = self.slots[slot_index], len(step.data)
         assert HEADER + size <= self.slot_size, "max_step_size is wrong"
-        pack_header(self._mmap, begin, size, number + 1, *values_of(step))
-        begin += 8 * HEADER
-        self._mmap[begin : begin + 8 * size] = step.data.data
+        slot[:HEADER] = size, self.num_sent, *values_of(step)
+        slot[HEADER : HEADER + size] = step.data
         return NEW
 
     def receive(self, told: bytes) -> StepInput:
@@ -88,14 +83,14 @@ class StepChannel:
 
         Raises ValueError for what rank 0 can never have sent.
         """
-        previous = self._previous
-        slot = self.slots[self.num_received % NUM_SLOTS]
+        previous, slot_index = self._previous, self.num_received % NUM_SLOTS
         self.num_received += 1
         if told == AGAIN and previous is not None:
             self._previous = step = replace(previous, max_context_len=previous.max_context_len + 1)
             return step
         if told != NEW:
             raise ValueError(f"step {self.num_received}: told by the byte {told!r}")
+        slot = self.slots[slot_index]
         size, number, *values = slot[:HEADER].tolist()
         if number != self.num_received:
             raise ValueError(f"step {self.num_received}: the channel holds number {number}")

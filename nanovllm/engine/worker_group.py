@@ -1,9 +1,9 @@
 """Rank 0's side of the other tensor-parallel ranks: they start, are told of steps, die and end. Used by the runner.
 
 Each of them (engine/worker.py) is a process of its own, started as a program, so that no script needs a `__main__`
-guard. It inherits four files: a socket (it answers in JSON), the memory of the step channel, and the read ends of two
-pipes: of one with a byte for every step, whose end is its own, and of one that closes when rank 0's process ends,
-however that happens.
+guard. It inherits four files: a socket, over which it answers in JSON; the memory of the step channel; and the read
+ends of two pipes: one brings a byte for every step, and the worker ends when it is closed, the other closes when rank
+0's process ends, however that happens.
 """
 
 import json
