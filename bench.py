@@ -20,7 +20,7 @@ import torch
 from benchmarks import machine
 from benchmarks.engines import ENGINES, Engine, NanoVLLM
 from benchmarks.measure import add_rates, measure, ratios, table
-from benchmarks.workload import WORKLOADS, Case, ModelBytes, Span, make_case
+from benchmarks.workload import WORKLOADS, Case, ModelBytes, make_case, span
 from nanovllm.config import find_checkpoint, load_hf_config, resolve_device, resolve_dtype
 
 
@@ -80,14 +80,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return args
-
-
-def span(text: str) -> Span:
-    low, _, high = text.partition("-")
-    lengths = int(low), int(high or low)
-    if not 1 <= lengths[0] <= lengths[1]:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a length or a range of lengths")
-    return lengths
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -2,10 +2,9 @@
 
 import json
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
@@ -24,72 +23,87 @@ from nanovllm.engine.step_output import PendingTokens
 DEVICE_STEP_S = 7e-3  # of 256 requests to the 0.6B shape, on one H100
 
 
-def host_profile(llm: LLM, case: Case, num_steps: int = 320) -> dict[str, float]:
-    """Microseconds of host work per decode step of the whole `case`, by part: the mean of the middle half of runs of 16
-    steps, since whatever else runs on the host strikes few of them and those hard. The engine is useless afterwards.
+PARTS = ("schedule", "prepare", "postprocess", "step")
+RUN = 16  # steps in a row: the scheduler may do at once, for that many, what they need
+
+
+class HostProfile:
+    """An engine with every request of `case` decoding, and timers around the host's part of a step; a context manager.
 
     prepare has the copies to the device and the launch; step is all but the wait for the device's tokens. On a CPU a
-    graph that does nothing stands for the model, processes that do nothing for further ranks, and a pause for the
+    graph that does nothing stands for the model, processes that do nothing for further ranks, and a busy pause for the
     device's step: after one the processor's caches have been put to other uses, and the same work takes several times
-    as long. The context lengths are those of the case's prompts.
+    as long. The context lengths are those of the case's prompts. The engine is useless afterwards.
     """
-    runner: Any = llm.model_runner
-    device = llm.config.device
-    pause_s = 0.0
-    if device.type == "cpu":
-        pause_s = DEVICE_STEP_S
-        runner.forward_prefill = lambda batch, all_tokens: (batch.rows, None)  # row numbers do for logits and token ids
-        runner.graphs = SimpleNamespace(replay=lambda rows: (rows,), clear=lambda: None)
-        runner.sample = lambda logits, *draws: logits
-        runner.advance = lambda *args: None
-        llm.block_manager = llm.scheduler.block_manager = BlockManager(2**16, llm.block_manager.block_size)
-        llm.input_processor.num_blocks = llm.block_manager.num_blocks
-        llm.scheduler.reset(())  # nobody reads or writes a cache now, so there can be blocks for all
-    seconds: dict[str, float] = defaultdict(float)  # of the step at hand
 
-    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self, llm: LLM, case: Case, num_steps: int):
+        """num_steps: how many there will be, with those that are not timed, for at most 1,024."""
+        self.llm, self.case, self.num_steps = llm, case, num_steps
+        self.seconds: dict[str, float] = defaultdict(float)  # of the step at hand
+        self.cleanup = ExitStack()
+        self.pause_s = DEVICE_STEP_S if llm.config.device.type == "cpu" else 0.0
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any) -> Any:
             start = perf_counter()
             result = function(*args)
-            seconds[part] += perf_counter() - start
+            self.seconds[part] += perf_counter() - start
             return result
 
         return wrapper
 
-    for part, owner, method in [
-        ("schedule", llm.scheduler, "schedule"),
-        ("prepare", runner, "run"),
-        ("postprocess", llm.scheduler, "advance"),
-        ("postprocess", llm.scheduler, "postprocess"),
-    ]:
-        setattr(owner, method, timed(part, getattr(owner, method)))
-    steps = []
-    with (
-        stand_ins(runner) if device.type == "cpu" else nullcontext(),
-        mock.patch.object(PendingTokens, "wait", timed("wait", PendingTokens.wait)),
-    ):
-        add_requests(llm, case, [num_steps + 200] * len(case.prompts), temperature=0.6)
+    def __enter__(self) -> "HostProfile":
+        llm, case = self.llm, self.case
+        runner: Any = llm.model_runner
+        if llm.config.device.type == "cpu":
+            runner.forward_prefill = lambda batch, all_tokens: (batch.rows, None)  # row numbers do for logits and ids
+            runner.graphs = SimpleNamespace(replay=lambda rows: (rows,), clear=lambda: None)
+            runner.sample = lambda logits, *draws: logits
+            runner.advance = lambda *args: None
+            llm.block_manager = llm.scheduler.block_manager = BlockManager(2**16, llm.block_manager.block_size)
+            llm.input_processor.num_blocks = llm.block_manager.num_blocks
+            llm.scheduler.reset(())  # nobody reads or writes a cache now, so there can be blocks for all
+            self.cleanup.enter_context(stand_ins(runner))
+        for part, owner, method in [
+            ("schedule", llm.scheduler, "schedule"),
+            ("prepare", runner, "run"),
+            ("postprocess", llm.scheduler, "advance"),
+            ("postprocess", llm.scheduler, "postprocess"),
+        ]:
+            setattr(owner, method, self.timed(part, getattr(owner, method)))
+        add_requests(llm, case, [self.num_steps + 200] * len(case.prompts), temperature=0.6)
         while llm.scheduler.waiting or not all(seq.is_decoding for seq in llm.scheduler.running):
             llm.step()
-        for _ in range(10):
-            llm.step()
         if len(llm.scheduler.running) < len(case.prompts):
-            raise SystemExit("--host-profile: raise --max-num-seqs, so that all requests decode together")
-        for _ in range(num_steps):
-            time.sleep(pause_s)
-            seconds.clear()
-            start = perf_counter()
-            llm.step()
-            steps.append({"step": perf_counter() - start - seconds.pop("wait"), **seconds})
-    parts = ("schedule", "prepare", "postprocess", "step")
-    # The scheduler may do at once, for 16 steps, what they need.
-    runs = [
-        {part: statistics.mean(step[part] for step in steps[i : i + 16]) for part in parts}
-        for i in range(0, num_steps, 16)
-    ]
-    runs.sort(key=lambda run: run["step"])
-    middle = runs[len(runs) // 4 : -(len(runs) // 4)]
-    return {part: round(statistics.mean(run[part] for run in middle) * 1e6, 1) for part in parts}
+            raise SystemExit("raise --max-num-seqs, so that all requests decode together")
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.cleanup.close()
+
+    def run(self, num_warmups: int) -> dict[str, float]:
+        """Microseconds of host work by part, means of RUN steps after `num_warmups` others."""
+        steps = []
+        with mock.patch.object(PendingTokens, "wait", self.timed("wait", PendingTokens.wait)):
+            for _ in range(num_warmups + RUN):
+                end = perf_counter() + self.pause_s
+                while perf_counter() < end:
+                    pass
+                self.seconds.clear()
+                start = perf_counter()
+                self.llm.step()
+                steps.append({"step": perf_counter() - start - self.seconds.pop("wait"), **self.seconds})
+        return {part: statistics.mean(step[part] for step in steps[num_warmups:]) * 1e6 for part in PARTS}
+
+
+def host_profile(llm: LLM, case: Case, num_runs: int = 20) -> dict[str, float]:
+    """Microseconds of host work per decode step of the whole `case`, by part: the mean of the middle half of the runs,
+    since whatever else computes on the host strikes few of them and those hard. The engine is useless afterwards."""
+    with HostProfile(llm, case, num_runs * RUN + 10) as engine:
+        engine.run(num_warmups=10)
+        runs = sorted((engine.run(num_warmups=0) for _ in range(num_runs)), key=lambda run: run["step"])
+    middle = runs[num_runs // 4 : -(num_runs // 4)]
+    return {part: round(statistics.mean(run[part] for run in middle), 1) for part in PARTS}
 
 
 def device_profile(llm: LLM, case: Case, temperature: float, trace_file: Path, num_steps: int = 30) -> str:

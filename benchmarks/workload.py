@@ -1,5 +1,6 @@
 """What bench.py runs: token ids and lengths, and the bytes of memory that any engine must read for them."""
 
+import argparse
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,15 @@ class Case:
         rng = random.Random(f"{self.name} {seed}")
         prompts = [[rng.randint(0, self.vocab - 1) for _ in prompt] for prompt in self.prompts]
         return Case(self.name, prompts, self.output_lens, self.vocab)
+
+
+def span(text: str) -> Span:
+    """Of a command line: N, or LOW-HIGH."""
+    low, _, high = text.partition("-")
+    lengths = int(low), int(high or low)
+    if not 1 <= lengths[0] <= lengths[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a length or a range of lengths")
+    return lengths
 
 
 def make_case(name: str, num_seqs: int, input_len: Span, output_len: Span, seed: int, vocab_size: int) -> Case:

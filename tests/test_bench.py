@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bench
-from benchmarks import scaling
+from benchmarks import scaling, second_rank
 from benchmarks.profiling import kernel_table
 from benchmarks.workload import WORKLOADS, Case, ModelBytes, floor_bytes, make_case, min_steps
 
@@ -115,6 +115,19 @@ def test_scaling(qwen3, tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match=r"^error: bench.py --model nosuch .* ended with exit code 1"):
         scaling.main(["--model", "nosuch", "--ranks", "1"])
+
+
+def test_second_rank(qwen3, capsys):
+    report = second_rank.main(["--model", str(qwen3.path), "--device", "cpu", "--num-seqs", "5", "--input-len", "4-9",
+                               "--turns", "3"])  # fmt: skip
+    for part in ("schedule", "prepare", "postprocess", "step"):
+        one, several, added = report[part]
+        assert 0 < one[0] <= one[1] <= one[2]
+        assert 0 < several[0] <= several[1] <= several[2]
+        assert added[0] <= added[1] <= added[2]
+    printed = capsys.readouterr().out
+    assert "medians of 3 turns" in printed
+    assert json.loads(printed.splitlines()[-1]) == json.loads(json.dumps(report)), "the last line is the report"
 
 
 def test_kernel_table_counts_overlap_once():

@@ -1,5 +1,8 @@
 """What a step sends to the device and what comes back: block tables, and the buffers of its tokens."""
 
+import sys
+import threading
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -156,6 +159,27 @@ def test_a_step_whose_rank_is_lost_is_not_waited_for():
     with pytest.raises(RuntimeError, match="lost"):
         lost.wait()
     assert num_checks == 10
+
+
+def test_other_threads_have_the_interpreter_during_the_wait():
+    """Without being let in for having waited too long: that would be after 1,000 s here."""
+    step = pending(UnpinnedBuffers(4), 1, 2, check=lambda: None)
+    step.event.num_queries_needed, interval = float("inf"), sys.getswitchinterval()
+
+    def end() -> None:
+        for _ in range(10):
+            time.sleep(1e-3)
+        step.event.num_queries_needed = 1
+
+    thread = threading.Thread(target=end)
+    sys.setswitchinterval(1000)
+    try:
+        thread.start()
+        assert step.wait() == [1, 2]
+    finally:
+        sys.setswitchinterval(interval)
+    thread.join()
+    assert step.event.num_queries > 1
 
 
 def test_the_last_layer_goes_on_with_what_is_asked_for_alone(qwen3):
