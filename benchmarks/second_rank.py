@@ -32,14 +32,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     with ExitStack() as stack:
         engines = []
-        for num_ranks in (1, args.ranks):
+        for num_ranks, memory in ((1, 0.45), (args.ranks, 0.9)):  # the first engine's counts for the second
             llm = LLM(
                 args.model,
                 device=args.device,
                 dtype=args.dtype,
                 tensor_parallel_size=num_ranks,
                 max_num_seqs=args.num_seqs,
-                gpu_memory_utilization=0.45,
+                gpu_memory_utilization=memory,
                 num_kvcache_blocks=1 if args.device == "cpu" else -1,  # HostProfile needs none there
             )
             stack.callback(llm.close)
