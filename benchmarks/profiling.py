@@ -37,7 +37,7 @@ class HostProfile:
     """
 
     def __init__(self, llm: LLM, case: Case, num_steps: int):
-        """num_steps: how many there will be, with those that are not timed, for at most 1,024."""
+        """num_steps: how many there will be."""
         self.llm, self.case, self.num_steps = llm, case, num_steps
         self.seconds: dict[str, float] = defaultdict(float)  # of the step at hand
         self.cleanup = ExitStack()
@@ -71,11 +71,14 @@ class HostProfile:
             ("postprocess", llm.scheduler, "postprocess"),
         ]:
             setattr(owner, method, self.timed(part, getattr(owner, method)))
-        add_requests(llm, case, [self.num_steps + 200] * len(case.prompts), temperature=0.6)
+        num_before = 10 + 2 * case.num_input_tokens // llm.config.max_num_batched_tokens  # while prompts are computed
+        add_requests(llm, case, [num_before + self.num_steps] * len(case.prompts), temperature=0.6)
         while llm.scheduler.waiting or not all(seq.is_decoding for seq in llm.scheduler.running):
             llm.step()
         if len(llm.scheduler.running) < len(case.prompts):
-            raise SystemExit("raise --max-num-seqs, so that all requests decode together")
+            raise SystemExit(
+                "not all requests fit at once: lower --num-seqs or --input-len, or raise bench.py's --max-num-seqs"
+            )
         return self
 
     def __exit__(self, *exc_info: object) -> None:

@@ -27,8 +27,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--ranks", type=int, default=2, help="of the engine with several (default: %(default)s)")
     parser.add_argument("--num-seqs", type=int, default=256, help="requests of each engine (default: %(default)s)")
-    parser.add_argument("--input-len", type=span, default=(100, 1024), metavar="N[-M]", help="default: 100-1024")
-    parser.add_argument("--turns", type=int, default=24, help="of each engine (default: %(default)s)")
+    parser.add_argument("--input-len", type=span, default=(100, 512), metavar="N[-M]", help="default: 100-512")
+    parser.add_argument("--turns", type=int, default=22, help="of each engine (default: %(default)s)")
     args = parser.parse_args(argv)
     with ExitStack() as stack:
         engines = []
