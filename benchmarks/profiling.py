@@ -102,8 +102,8 @@ class HostProfile:
 def host_profile(llm: LLM, case: Case, num_runs: int = 20) -> dict[str, float]:
     """Microseconds of host work per decode step of the whole `case`, by part: the mean of the middle half of the runs,
     since whatever else computes on the host strikes few of them and those hard. The engine is useless afterwards."""
-    with HostProfile(llm, case, num_runs * RUN + 10) as engine:
-        engine.run(num_warmups=10)
+    with HostProfile(llm, case, (1 + num_runs) * RUN) as engine:
+        engine.run(num_warmups=0)  # as a warm-up
         runs = sorted((engine.run(num_warmups=0) for _ in range(num_runs)), key=lambda run: run["step"])
     middle = runs[num_runs // 4 : -(num_runs // 4)]
     return {part: round(statistics.mean(run[part] for run in middle), 1) for part in PARTS}
