@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from dataclasses import replace
 
@@ -94,6 +95,9 @@ def main(argv: list[str] | None = None) -> None:
             answer(llm, [*beginning, {"role": "user", "content": args.prompt}], params)
         except ValueError as error:
             sys.exit(f"error: {error}")
+        except BrokenPipeError:  # whoever read the answer, `| head` say, has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes there
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -274,6 +274,15 @@ def test_one_prompt_and_its_errors(capsys):
         terminal(["--prompt", "x " * 50, "--max-model-len", "8"])
 
 
+def test_whoever_reads_the_answer_may_leave():
+    read, write = os.pipe()
+    command = [sys.executable, "-m", "nanovllm", "--prompt", "Hello", "--max-tokens", "12", "--max-model-len", "96"]
+    os.close(read)
+    with open(write, "wb") as answer:
+        result = subprocess.run(command, env=ENV, cwd=ROOT, stdout=answer, stderr=subprocess.PIPE, timeout=HANGING_S)
+    assert (result.returncode, result.stderr) == (1, b"")
+
+
 def test_a_chat_from_a_pipe(monkeypatch, capsys):
     questions = "My name is Ada.\n\n/new\n" + "x " * 120 + "\nWhat is the capital of France?\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(questions))
