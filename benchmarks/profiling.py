@@ -21,8 +21,6 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.step_output import PendingTokens
 
 DEVICE_STEP_S = 7e-3  # of 256 requests to the 0.6B shape, on one H100
-
-
 PARTS = ("schedule", "prepare", "postprocess", "step")
 RUN = 16  # steps in a row: the scheduler may do at once, for that many, what they need
 
@@ -32,15 +30,14 @@ class HostProfile:
 
     prepare has the copies to the device and the launch; step is all but the wait for the device's tokens. On a CPU a
     graph that does nothing stands for the model, processes that do nothing for further ranks, and a busy pause for the
-    device's step: after one the processor's caches have been put to other uses, and the same work takes several times
-    as long. The context lengths are those of the case's prompts. The engine is useless afterwards.
+    device's step, after which the same work takes longer than in a loop. The context lengths are those of the case's
+    prompts. The engine is useless afterwards.
     """
 
     def __init__(self, llm: LLM, case: Case, num_steps: int):
         """num_steps: how many there will be."""
         self.llm, self.case, self.num_steps = llm, case, num_steps
         self.seconds: dict[str, float] = defaultdict(float)  # of the step at hand
-        self.cleanup = ExitStack()
         self.pause_s = DEVICE_STEP_S if llm.config.device.type == "cpu" else 0.0
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,6 +50,15 @@ class HostProfile:
         return wrapper
 
     def __enter__(self) -> "HostProfile":
+        with ExitStack() as stack:
+            self.start(stack)
+            self.cleanup = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.cleanup.close()
+
+    def start(self, stack: ExitStack) -> None:
         llm, case = self.llm, self.case
         runner: Any = llm.model_runner
         if llm.config.device.type == "cpu":
@@ -63,7 +69,7 @@ class HostProfile:
             llm.block_manager = llm.scheduler.block_manager = BlockManager(2**16, llm.block_manager.block_size)
             llm.input_processor.num_blocks = llm.block_manager.num_blocks
             llm.scheduler.reset(())  # nobody reads or writes a cache now, so there can be blocks for all
-            self.cleanup.enter_context(stand_ins(runner))
+            stack.enter_context(stand_ins(runner))
         for part, owner, method in [
             ("schedule", llm.scheduler, "schedule"),
             ("prepare", runner, "run"),
@@ -71,20 +77,21 @@ class HostProfile:
             ("postprocess", llm.scheduler, "postprocess"),
         ]:
             setattr(owner, method, self.timed(part, getattr(owner, method)))
-        num_before = 10 + 2 * case.num_input_tokens // llm.config.max_num_batched_tokens  # while prompts are computed
+        budget = max(1, llm.config.max_num_batched_tokens - len(case.prompts))  # for prompts beside the first to decode
+        num_before = 10 + 2 * case.num_input_tokens // budget
         add_requests(llm, case, [num_before + self.num_steps] * len(case.prompts), temperature=0.6)
         while llm.scheduler.waiting or not all(seq.is_decoding for seq in llm.scheduler.running):
             llm.step()
-        if len(llm.scheduler.running) < len(case.prompts):
+        self.check()
+
+    def check(self) -> None:
+        if len(self.llm.scheduler.running) < len(self.case.prompts) or self.llm.scheduler.num_preemptions:
             raise SystemExit(
-                "not all requests fit at once: lower --num-seqs or --input-len, or raise bench.py's --max-num-seqs"
+                "error: not all requests decode together to the end: lower --num-seqs or --input-len, or raise "
+                "max_num_seqs or max_model_len"
             )
-        return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.cleanup.close()
-
-    def run(self, num_warmups: int) -> dict[str, float]:
+    def run(self, num_warmups: int = 0) -> dict[str, float]:
         """Microseconds of host work by part, means of RUN steps after `num_warmups` others."""
         steps = []
         with mock.patch.object(PendingTokens, "wait", self.timed("wait", PendingTokens.wait)):
@@ -96,6 +103,7 @@ class HostProfile:
                 start = perf_counter()
                 self.llm.step()
                 steps.append({"step": perf_counter() - start - self.seconds.pop("wait"), **self.seconds})
+                self.check()
         return {part: statistics.mean(step[part] for step in steps[num_warmups:]) * 1e6 for part in PARTS}
 
 
@@ -103,8 +111,8 @@ def host_profile(llm: LLM, case: Case, num_runs: int = 20) -> dict[str, float]:
     """Microseconds of host work per decode step of the whole `case`, by part: the mean of the middle half of the runs,
     since whatever else computes on the host strikes few of them and those hard. The engine is useless afterwards."""
     with HostProfile(llm, case, (1 + num_runs) * RUN) as engine:
-        engine.run(num_warmups=0)  # as a warm-up
-        runs = sorted((engine.run(num_warmups=0) for _ in range(num_runs)), key=lambda run: run["step"])
+        engine.run()  # not counted
+        runs = sorted((engine.run() for _ in range(num_runs)), key=lambda run: run["step"])
     middle = runs[num_runs // 4 : -(num_runs // 4)]
     return {part: round(statistics.mean(run[part] for run in middle), 1) for part in PARTS}
 

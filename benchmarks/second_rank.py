@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--input-len", type=span, default=(100, 512), metavar="N[-M]", help="default: 100-512")
     parser.add_argument("--turns", type=int, default=22, help="of each engine (default: %(default)s)")
     args = parser.parse_args(argv)
+    if args.ranks < 2 or args.turns < 2:
+        parser.error("--ranks and --turns must be at least 2")
     with ExitStack() as stack:
         engines = []
         for num_ranks, memory in ((1, 0.45), (args.ranks, 0.9)):  # the first engine's counts for the second
@@ -44,8 +46,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             )
             stack.callback(llm.close)
             case = make_case("bench", args.num_seqs, args.input_len, (1, 1), 0, llm.config.hf_config.vocab_size)
-            engines.append(stack.enter_context(HostProfile(llm, case, args.turns * (NUM_WARMUPS + RUN))))
-        turns = [tuple(engine.run(NUM_WARMUPS) for engine in engines) for _ in range(args.turns)]
+            engines.append(stack.enter_context(HostProfile(llm, case, (1 + args.turns) * (NUM_WARMUPS + RUN))))
+        turns = [tuple(engine.run(NUM_WARMUPS) for engine in engines) for _ in range(1 + args.turns)]
+        del turns[0]
     report = {"model": Path(args.model).name, **machine.provenance(llm.config.device), "ranks": args.ranks}
     print(f"{report['model']}, {args.num_seqs} requests, {report['device']}, commit {report['commit']}")
     print(f"medians of {len(turns)} turns (quartiles), µs a step")
@@ -60,7 +63,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def quartiles(values: list[float]) -> list[float]:
-    return [round(value, 1) for value in statistics.quantiles(values, n=4)]
+    return [round(value, 1) for value in statistics.quantiles(values, n=4, method="inclusive")]
 
 
 if __name__ == "__main__":

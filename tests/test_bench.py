@@ -11,8 +11,9 @@ import torch
 
 import bench
 from benchmarks import scaling, second_rank
-from benchmarks.profiling import kernel_table
+from benchmarks.profiling import PARTS, RUN, kernel_table
 from benchmarks.workload import WORKLOADS, Case, ModelBytes, floor_bytes, make_case, min_steps
+from nanovllm.engine.step_channel import StepChannel
 
 
 @pytest.fixture
@@ -117,17 +118,31 @@ def test_scaling(qwen3, tmp_path):
         scaling.main(["--model", "nosuch", "--ranks", "1"])
 
 
-def test_second_rank(qwen3, capsys):
-    report = second_rank.main(["--model", str(qwen3.path), "--device", "cpu", "--num-seqs", "5", "--input-len", "4-9",
-                               "--turns", "3"])  # fmt: skip
-    for part in ("schedule", "prepare", "postprocess", "step"):
-        one, several, added = report[part]
-        assert 0 < one[0] <= one[1] <= one[2]
-        assert 0 < several[0] <= several[1] <= several[2]
-        assert added[0] <= added[1] <= added[2]
+def test_second_rank(qwen3, monkeypatch, capsys):
+    num_told, send = [], StepChannel.send
+    monkeypatch.setattr(
+        StepChannel, "send", lambda channel, step: num_told.append(step.num_rows) or send(channel, step)
+    )
+    argv = ["--model", str(qwen3.path), "--device", "cpu", "--num-seqs", "5", "--input-len", "4-9"]
+    report = second_rank.main([*argv, "--turns", "3"])
+    assert num_told.count(5) >= (1 + 3) * (second_rank.NUM_WARMUPS + RUN), "each turn's steps go to another rank"
+    for part in PARTS:
+        for low, median, high in report[part]:
+            assert low <= median <= high
+        assert report[part][0][0] > 0
+        assert report[part][1][0] > 0
     printed = capsys.readouterr().out
     assert "medians of 3 turns" in printed
     assert json.loads(printed.splitlines()[-1]) == json.loads(json.dumps(report)), "the last line is the report"
+
+
+def test_host_profile_needs_all_requests_all_the_time(run, qwen3, monkeypatch):
+    """Those that do not run together are refused, and those that end too soon; and the ranks end as they should."""
+    with pytest.raises(SystemExit, match="not all requests decode together"):
+        run("--host-profile", "--workload", "bench", "--num-seqs", "8", "--input-len", "8", "--max-num-seqs", "4",
+            "--tensor-parallel-size", "2")  # fmt: skip
+    with pytest.raises(SystemExit, match="not all requests decode together"):
+        run("--host-profile", "--workload", "bench", "--num-seqs", "2", "--input-len", "30-300")  # of 512 in all
 
 
 def test_kernel_table_counts_overlap_once():
