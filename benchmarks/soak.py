@@ -2,6 +2,7 @@
 
     python -m benchmarks.soak --minutes 10                  # a tiny random model
     python -m benchmarks.soak --minutes 10 --model DIR
+    python -m benchmarks.soak --minutes 10 --tensor-parallel-size 2
 
 Rounds of requests that share prefixes, in a cache that is too small for them: greedy and sampled, several completions,
 stop strings, penalties, grammar-free masks, salts; some are aborted, some streams are left, some calls are interrupted,
@@ -250,12 +251,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--model", help="a checkpoint; default: a tiny random one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--tensor-parallel-size", type=int, default=1, help="of the engine; the second one has one rank"
+    )
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         model = args.model or make_model(Path(scratch))
         options: dict[str, Any] = {"device": args.device, "max_model_len": 256, "kvcache_block_size": 16}
         # 60 blocks hold about six of the requests at their longest.
-        soaked = LLM(model, max_num_seqs=16, max_num_batched_tokens=100, num_kvcache_blocks=60, **options)
+        small = {"max_num_seqs": 16, "max_num_batched_tokens": 100, "num_kvcache_blocks": 60}
+        soaked = LLM(model, tensor_parallel_size=args.tensor_parallel_size, **small, **options)
         reference = LLM(model, max_num_seqs=3, num_kvcache_blocks=48, **options)
         with soaked, reference:
             return soak(soaked, reference, args)
@@ -288,7 +293,7 @@ def soak(llm: LLM, reference: LLM, args: argparse.Namespace) -> dict[str, Any]:
         "digest_alone": expected.hexdigest()[:16] if is_compared else None,
         "memory_mib": [round(memory[k * (len(memory) - 1) // 4] / 2**20, 1) for k in range(5)],
         "growth_mib": round(growth / 2**20, 2), "device": device_name(device), "versions": versions(),
-        "commit": git_commit(), "seed": args.seed,
+        "commit": git_commit(), "seed": args.seed, "ranks": llm.config.tensor_parallel_size,
     }  # fmt: skip
     assert work.counts["requests"] and llm.scheduler.num_preemptions, result
     assert growth < MAX_GROWTH_BYTES, result

@@ -11,12 +11,15 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.model_runner import PendingTokens
 
 
-def run(minutes: float, seed: int = 0) -> dict[str, Any]:
-    return soak.main(["--minutes", str(minutes), "--device", "cpu", "--seed", str(seed)])
+def run(minutes: float, seed: int = 0, ranks: int = 1) -> dict[str, Any]:
+    options = ["--seed", str(seed), "--tensor-parallel-size", str(ranks)]
+    return soak.main(["--minutes", str(minutes), "--device", "cpu", *options])
 
 
-def test_a_short_soak(capsys):
-    result = run(0.03, seed=3)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_short_soak(capsys, ranks):
+    result = run(0.03, seed=3, ranks=ranks)
+    assert result["ranks"] == ranks
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
     assert result["rounds"] >= 1
     assert result["requests"] >= soak.ROUND / 2  # half of those of a round may be interrupted
