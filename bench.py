@@ -105,21 +105,23 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.host_profile and device.type == "cpu" and args.num_kvcache_blocks == -1:
         args.num_kvcache_blocks = 1  # the model will not run, so there need not be a cache
     engines: list[Engine] = []
-    for name in args.engines:
-        with errors_in_one_line():
-            engines.append(ENGINES[name](model, device, dtype, args))
-        engines[-1].generate(Case("first token", [[1] * 16], [1], 2), args.temperature)
-        if len(engines) == 1:
-            report["first_token_s"] = round(perf_counter() - PROCESS_START, 2)
-            print(f"first token {report['first_token_s']} s after the start of the process")
-    if args.host_profile or args.profile:
-        profile(engines[0], cases[-1], args, report)
-    else:
-        model_bytes = ModelBytes.of(hf_config, dtype.itemsize)
-        report["results"] = [result for case in cases for result in measure(case, engines, model_bytes, args)]
-    report["memory_bytes"] = machine.memory_bytes(device)
-    while engines:
-        engines.pop().close()  # or there might be no memory for the copy
+    try:
+        for name in args.engines:
+            with errors_in_one_line():
+                engines.append(ENGINES[name](model, device, dtype, args))
+            engines[-1].generate(Case("first token", [[1] * 16], [1], 2), args.temperature)
+            if len(engines) == 1:
+                report["first_token_s"] = round(perf_counter() - PROCESS_START, 2)
+                print(f"first token {report['first_token_s']} s after the start of the process")
+        if args.host_profile or args.profile:
+            profile(engines[0], cases[-1], args, report)
+        else:
+            model_bytes = ModelBytes.of(hf_config, dtype.itemsize)
+            report["results"] = [result for case in cases for result in measure(case, engines, model_bytes, args)]
+        report["memory_bytes"] = machine.memory_bytes(device)
+    finally:
+        while engines:
+            engines.pop().close()  # or there might be no memory for the copy
     report["copy_bytes_per_s"] = round(machine.copy_bytes_per_s(device))
     if "results" in report:
         print_results(report, args)
