@@ -18,7 +18,7 @@ from benchmarks.stand_ins import stand_ins
 from benchmarks.workload import Case
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.step_output import PendingTokens
+from nanovllm.engine.step_output import PendingTokens, pass_time
 
 DEVICE_STEP_S = 7e-3  # of 256 requests to the 0.6B shape, on one H100
 PARTS = ("schedule", "prepare", "postprocess", "step")
@@ -29,9 +29,9 @@ class HostProfile:
     """An engine with every request of `case` decoding, and timers around the host's part of a step; a context manager.
 
     prepare has the copies to the device and the launch; step is all but the wait for the device's tokens. On a CPU a
-    graph that does nothing stands for the model, processes that do nothing for further ranks, and a busy pause for the
-    device's step, after which the same work takes longer than in a loop. The context lengths are those of the case's
-    prompts. The engine is useless afterwards.
+    graph that does nothing stands for the model, processes that do nothing for further ranks, and for the device's step
+    a pause, passed as rank 0 of several passes it, after which the same work takes longer than in a loop. The context
+    lengths are those of the case's prompts. The engine is useless afterwards.
     """
 
     def __init__(self, llm: LLM, case: Case, num_steps: int):
@@ -98,7 +98,7 @@ class HostProfile:
             for _ in range(num_warmups + RUN):
                 end = perf_counter() + self.pause_s
                 while perf_counter() < end:
-                    pass
+                    pass_time()
                 self.seconds.clear()
                 start = perf_counter()
                 self.llm.step()
