@@ -1,4 +1,4 @@
-"""Two ranks on two CUDA devices: the same model in bfloat16, and a lost rank gives everything back."""
+"""Ranks on several CUDA devices: the same model in bfloat16, and a lost rank gives everything back."""
 
 import gc
 import os
@@ -51,15 +51,18 @@ def seasoned(model: Model) -> None:
 
 
 @pytest.mark.parametrize("enforce_eager", [False, True])
-def test_logprobs_equal_transformers(model: Model, enforce_eager: bool, uses_peers: bool):
-    """Of the tokens that two ranks draw, and of the prompts, in chunks; and the plain path draws the same tokens."""
+@pytest.mark.parametrize(
+    "num_ranks", [2, pytest.param(4, marks=pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs"))]
+)
+def test_logprobs_equal_transformers(model: Model, num_ranks: int, enforce_eager: bool, uses_peers: bool):
+    """Of the tokens that the ranks draw, and of the prompts, in chunks; and the plain path draws the same tokens."""
     prompts, _ = model.requests(LENGTHS, 0, seed=1)
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=0, prompt_logprobs=0)
     plain = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     seeded = SamplingParams(temperature=1.0, max_tokens=40, ignore_eos=True, seed=7)
     options: dict[str, Any] = {"max_num_batched_tokens": 300, "enforce_eager": enforce_eager}
-    with model.llm(tensor_parallel_size=2, **options) as llm:
-        assert llm.model_runner.kv_cache.shape[4] == model.reference.config.num_key_value_heads // 2
+    with model.llm(tensor_parallel_size=num_ranks, **options) as llm:
+        assert llm.model_runner.kv_cache.shape[4] == model.reference.config.num_key_value_heads // num_ranks
         outputs = llm.generate(prompts, params, use_tqdm=False)
         same = [a["token_ids"] == b["token_ids"] for a, b in zip(outputs, llm.generate(prompts, plain, use_tqdm=False))]
         draws = [[o["token_ids"] for o in llm.generate(prompts, seeded, use_tqdm=False)] for _ in range(2)]
