@@ -4,11 +4,12 @@
 
 A line of the input is {"prompt": "..."} or {"messages": [...]}, with an "id" if line numbers will not do. A line is
 written as soon as its answer is complete, in the order in which answers are; {"id": ..., "error": "..."} for a row that
-cannot be answered, such as one that is empty or too long.
+cannot be answered, such as one that is empty or too long. A line that is no JSON object ends it before it begins.
 """
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,27 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.utils.demo import demo_model_path
 
 
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON objects of a file with the numbers of their lines, from 0."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                row = f"{error.msg} at column {error.colno}"
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number + 1} of {path} is no JSON object: {row}")
+            yield number, row
+
+
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
     """The rows of a dataset by their id."""
     rows: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")):
-        if line.strip():
-            row = json.loads(line)
-            row_id = str(row.get("id", number))
-            if row_id in rows:
-                raise ValueError(f"line {number + 1} of {path} has the id {row_id!r}, which another line has")
-            rows[row_id] = row
+    for number, row in read_lines(path):
+        row_id = str(row.get("id", number))
+        if row_id in rows:
+            raise ValueError(f"line {number + 1} of {path} has the id {row_id!r}, which another line has")
+        rows[row_id] = row
     return rows
 
 
@@ -39,16 +51,20 @@ def repair(path: Path) -> set[str]:
     whole = data[: data.rfind(b"\n") + 1]
     if whole != data:
         path.write_bytes(whole)
-    return {json.loads(line)["id"] for line in whole.splitlines()}
+    return {str(row.get("id")) for _, row in read_lines(path)}
 
 
 def make_prompt(llm: LLM, row: dict[str, Any], params: SamplingParams) -> Any:
     """Raises ValueError for a row that cannot be answered."""
     if "messages" not in row and "prompt" not in row:
         raise ValueError(f"it has neither 'prompt' nor 'messages', but {list(row)}")
-    prompt = llm.chat_prompts(row["messages"])[0] if "messages" in row else row["prompt"]
-    llm.stream([prompt], params)  # checks it at once, and queues nothing before somebody reads
-    return prompt
+    prompts = llm.chat_prompts(row["messages"]) if "messages" in row else [row["prompt"]]
+    if len(prompts) > 1:
+        raise ValueError(f"'messages' has {len(prompts)} conversations: a row takes one")
+    if isinstance(prompts[0], int):  # in a list it would be a prompt's only token
+        raise ValueError(f"'prompt' must be a text or a list of token ids, got {prompts[0]}")
+    llm.stream(prompts, params)  # checks it at once, and queues nothing before somebody reads
+    return prompts[0]
 
 
 def main() -> None:
@@ -60,7 +76,10 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=256, help="of an answer (default: %(default)s)")
     args = parser.parse_args()
 
-    rows, done = read_rows(args.input), repair(args.output)
+    try:
+        rows, done = read_rows(args.input), repair(args.output)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     todo = {row_id: row for row_id, row in rows.items() if row_id not in done}
     print(f"{len(rows)} rows, {len(rows) - len(todo)} answered already")
     if not todo:

@@ -64,9 +64,9 @@ class SamplingParams:
     Fields may be assigned to, as vLLM's scripts do; they are checked here and again with every request that uses them.
 
     Args:
-        n: completions of the prompt, at least 1; only 1 with temperature 0, where all would be the same.
-        temperature: 0 takes the most likely token (greedy); above 0, to 1e6, divides the logits before the draw.
-            Default 1.0.
+        n: completions of the prompt, at least 1; only 1 if greedy, where all would be the same.
+        temperature: 0, and all below 1e-5, takes the most likely token (greedy); more, up to 1e6, divides the logits
+            before the draw. Default 1.0.
         top_p: keep the fewest most likely tokens whose probabilities sum to this; in (0, 1].
         top_k: keep this many most likely tokens; 0 or -1 keeps all.
         min_p: drop tokens less likely than this share of the likeliest; from 0 to 1.
@@ -128,8 +128,10 @@ class SamplingParams:
     def __post_init__(self):
         check_field(self, "n", check_int, 1)
         check_field(self, "temperature", check_float, 0.0, MAX_FACTOR)
-        if self.n > 1 and self.temperature == 0:
-            raise ValueError(f"n={self.n} with temperature=0 would give the same completion each time: pass n=1")
+        if self.n > 1 and self.temperature < GREEDY_BELOW:
+            raise ValueError(
+                f"n={self.n} with temperature={self.temperature:g} would give the same completion each time: pass n=1"
+            )
         if check_field(self, "top_p", check_float, 0.0, 1.0) == 0.0:
             raise ValueError("top_p must be above 0 and at most 1, got 0.0; for greedy use temperature=0")
         check_field(self, "top_k", check_int, -1)

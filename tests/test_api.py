@@ -692,13 +692,14 @@ def test_the_lock_survives_ctrl_c_while_it_waits():
     assert not other.is_alive()
 
 
-def test_an_engine_that_was_closed_says_so(qwen3):
+def test_an_engine_that_was_closed_says_so(qwen3, capsys):
     llm = qwen3.llm()
     llm.close()
     llm.close()
-    for use in (lambda: llm.generate("a", use_tqdm=False), lambda: next(llm.stream("a")), lambda: llm.add_request("a")):
+    for use in (lambda: llm.generate("a"), lambda: next(llm.stream("a")), lambda: llm.add_request("a")):
         with pytest.raises(RuntimeError, match="closed"):
             use()
+    assert "Generating" not in capsys.readouterr().err
 
 
 # ---- what is wrong in a field ----
@@ -754,7 +755,8 @@ def test_every_field_is_tested_for_wrong_values():
     [
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens=9 .*max_tokens=8"),
         ({"min_tokens": 65}, "min_tokens=65 .*max_tokens=64"),
-        ({"n": 3, "temperature": 0}, "n=3 .*temperature=0"),
+        ({"n": 3, "temperature": 0}, "n=3 .*temperature=0 "),
+        ({"n": 2, "temperature": 1e-6}, "n=2 .*temperature=1e-06 "),
         ({"stop": "a", "detokenize": False}, "stop='a' .*detokenize=False"),
     ],
 )

@@ -222,16 +222,37 @@ def test_batch_is_resumable(tmp_path, example):
 def test_batch_goes_on_past_rows_that_cannot_be_answered(tmp_path, example):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     rows = [{"prompt": ""}, {"prompt": "Hello"}, {"prompt": "word " * 20_000}, {"messages": []}, {"text": "Hello"}]
-    rows += [{"prompt": ["Hello", "there"]}, {"messages": [{"role": "user", "content": "Hi"}]}]
+    hi = [{"role": "user", "content": "Hi"}]
+    rows += [{"prompt": ["Hello", "there"]}, {"messages": hi}, {"prompt": 5}, {"messages": [hi, hi]}, {"prompt": [5]}]
     source.write_text("\n".join(map(json.dumps, rows)))
     example("examples/batch.py", str(source), str(target), "--max-tokens", "4")
     lines = {line["id"]: line for line in map(json.loads, target.read_text().splitlines())}
-    assert sorted(lines) == [str(i) for i in range(7)]
-    expected = {"0": "is empty", "2": "max_model_len", "3": "messages must be", "4": "'text'", "5": "integer token ids"}
+    assert sorted(lines, key=int) == [str(i) for i in range(10)]
+    expected = {
+        "0": "is empty", "2": "max_model_len", "3": "messages must be", "4": "'text'", "5": "integer token ids",
+        "7": "got 5", "8": "2 conversations",
+    }  # fmt: skip
     for row_id, match in expected.items():
         assert match in lines[row_id]["error"]
-    assert all(lines[row_id]["text"] for row_id in ("1", "6"))
-    assert "7 rows, 7 answered already" in example("examples/batch.py", str(source), str(target))
+    assert all(lines[row_id]["text"] for row_id in ("1", "6", "9"))
+    assert "10 rows, 10 answered already" in example("examples/batch.py", str(source), str(target))
+
+
+@pytest.mark.parametrize(
+    ("broken", "line", "message"),
+    [
+        ("in.jsonl", '{"prompt": "x"', "is no JSON object: .* at column 15"),
+        ("in.jsonl", "[1]", r"is no JSON object: \[1\]"),
+        ("in.jsonl", '{"prompt": "x", "id": 0}', "has the id '0'"),
+        ("out.jsonl", "[1]", r"is no JSON object: \[1\]"),
+    ],
+)
+def test_batch_says_which_line_is_broken(tmp_path, example, capsys, broken, line, message):
+    for name in ("in.jsonl", "out.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "x"}\n' + (line if name == broken else "") + "\n")
+    with pytest.raises(SystemExit, match="2"):
+        example("examples/batch.py", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"))
+    assert re.search(f"line 2 of .*{broken} {message}", capsys.readouterr().err)
 
 
 def test_streaming_chat_and_structured(example):

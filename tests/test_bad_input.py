@@ -328,6 +328,13 @@ def test_bad_lists_of_sampling_params(llm, params, error, match):
 
 
 @pytest.mark.usefixtures("unharmed")
+@pytest.mark.parametrize("prompts", [[np.array([1, 2])], [[1], torch.tensor([1, 2])], list(torch.tensor([1, 2]))])
+def test_arrays_are_no_lists(llm, prompts):
+    with pytest.raises(TypeError, match=r"call its tolist\(\)"):
+        llm.generate(prompts, use_tqdm=False)
+
+
+@pytest.mark.usefixtures("unharmed")
 @pytest.mark.parametrize("value", ["no", 1, None])
 def test_use_tqdm_is_a_bool(llm, value):
     with pytest.raises(TypeError, match="use_tqdm must be True or False"):

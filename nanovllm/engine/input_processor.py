@@ -153,8 +153,9 @@ class InputProcessor:
 
     def _check_ids(self, token_ids: Any, name: str) -> list[int]:
         if not isinstance(token_ids, (list, tuple)):
+            hint = "call its tolist()" if hasattr(token_ids, "tolist") else "make it a list"
             raise WrongTypeError(
-                f"{name} must be a string or a list of token ids, got {type(token_ids).__name__}: make it a list"
+                f"{name} must be a string or a list of token ids, got {type(token_ids).__name__}: {hint}"
             )
         if not token_ids:
             raise ValueError(f"{name} is empty: a prompt needs at least one token")

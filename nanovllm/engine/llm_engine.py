@@ -2,6 +2,7 @@
 
 from collections import abc
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -38,6 +39,7 @@ class LLMEngine(EngineCore):
 
         Args:
             prompts: a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}; or a list of these.
+                Of a prompt with both keys the ids count.
             sampling_params: one for all, or one for each prompt; None takes what the checkpoint recommends.
             use_tqdm: show progress.
 
@@ -72,6 +74,8 @@ class LLMEngine(EngineCore):
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[dict[str, Any]]:
         """Conversations put into words by the model's chat template: prompts for `generate` or `stream`.
+
+        Each is {"prompt": text, "prompt_token_ids": ids}, of which the ids count: pass on an edited text by itself.
 
         Args:
             messages: a list of {"role": …, "content": …}, or a list of such lists. A content is a text or a list of
@@ -142,28 +146,26 @@ class LLMEngine(EngineCore):
                 self._step()
             return call.take_finished(finished)
 
-        progress = Progress(len(requests), use_tqdm)
         start, num_prompt, num_output = perf_counter(), 0, 0
         try:
             self._enqueue(requests, call)
-            while call.unfinished or call.finished:
-                if (error := self._exclusive(advance)) is not None:
-                    raise error
-                # Texts are made here, while the device computes the next step, and not all at the end.
-                for request in finished.values():
-                    outputs[request.request_id] = request.output()
-                    num_prompt += len(request.prompt_token_ids)
-                    num_output += sum(len(seq.completion_token_ids) for seq in request.seqs)
-                if finished:
-                    elapsed = perf_counter() - start
-                    rates = f"{num_prompt / elapsed:.0f} prompt + {num_output / elapsed:.0f} output tok/s"
-                    progress.update(len(finished), rates)
-                    finished.clear()
+            with closing(Progress(len(requests), use_tqdm)) as progress:
+                while call.unfinished or call.finished:
+                    if (error := self._exclusive(advance)) is not None:
+                        raise error
+                    # Texts are made here, while the device computes the next step, and not all at the end.
+                    for request in finished.values():
+                        outputs[request.request_id] = request.output()
+                        num_prompt += len(request.prompt_token_ids)
+                        num_output += sum(len(seq.completion_token_ids) for seq in request.seqs)
+                    if finished:
+                        elapsed = perf_counter() - start
+                        rates = f"{num_prompt / elapsed:.0f} prompt + {num_output / elapsed:.0f} output tok/s"
+                        progress.update(len(finished), rates)
+                        finished.clear()
         except BaseException:
             self._drop(requests)
             raise
-        finally:
-            progress.close()
         return [outputs[request.request_id] for request in requests]
 
     # ---- one request, one step ----
