@@ -40,8 +40,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     add("--repeats", type=int, default=3, help="timed runs, each with fresh tokens, after a warm-up (default: 3)")
     add("--temperature", type=float, default=0.6)
-    add("--top-k", type=int, help="of all requests, as --top-p is (default: off)")
+    add("--top-k", type=int, help="of all requests, as the next two are (default: off)")
     add("--top-p", type=float)
+    add("--repetition-penalty", type=float)
     add("--seed", type=int, default=0)
     sizes = parser.add_argument_group("sizes (default: the workload's)")
     sizes.add_argument("--num-seqs", type=int, help="requests")

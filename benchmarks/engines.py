@@ -53,13 +53,13 @@ class NanoVLLM(Engine):
             return run(*run_args)
 
         self.llm.model_runner.run = counting_run  # type: ignore
-        self.filters = filters(args)
+        self.sampling = sampling_options(args)
 
     def generate(self, case: Case, temperature: float) -> list[int]:
         from nanovllm import SamplingParams
 
         self.num_steps = 0
-        options = {"temperature": temperature, "ignore_eos": True, **self.filters}
+        options = {"temperature": temperature, "ignore_eos": True, **self.sampling}
         params = [SamplingParams(max_tokens=n, **options) for n in case.output_lens]
         outputs = self.llm.generate(case.prompts, params, use_tqdm=False)
         return [len(output["token_ids"]) for output in outputs]
@@ -76,11 +76,11 @@ class VLLM(Engine):
         vllm = importlib.import_module("vllm")
         options = {"tensor_parallel_size": args.tensor_parallel_size, "dtype": str(dtype).removeprefix("torch.")}
         self.llm = vllm.LLM(model, **shared_options(args), **options)
-        self.filters = filters(args)
+        self.sampling = sampling_options(args)
 
     def generate(self, case: Case, temperature: float) -> list[int]:
         vllm = importlib.import_module("vllm")
-        options = {"temperature": temperature, "ignore_eos": True, **self.filters}
+        options = {"temperature": temperature, "ignore_eos": True, **self.sampling}
         params = [vllm.SamplingParams(max_tokens=n, **options) for n in case.output_lens]
         prompts = [{"prompt_token_ids": prompt} for prompt in case.prompts]
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
@@ -100,12 +100,12 @@ class Transformers(Engine):
         self.model = loaded.to(device)
         self.model.generation_config.eos_token_id = None
         torch.manual_seed(args.seed)
-        self.filters = filters(args)
+        self.sampling = sampling_options(args)
 
     def generate(self, case: Case, temperature: float) -> list[int]:
-        sampling: dict[str, Any] = {"do_sample": False}
+        sampling = {"do_sample": temperature > 0, **self.sampling}
         if temperature:
-            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, **self.filters}
+            sampling = {"temperature": temperature, "top_k": 0, **sampling}
         lengths: list[int] = []
         for start in range(0, len(case.prompts), self.BATCH_SIZE):
             prompts = case.prompts[start : start + self.BATCH_SIZE]
@@ -131,9 +131,10 @@ def shared_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in (*sizes, "enforce_eager", "seed")}
 
 
-def filters(args: argparse.Namespace) -> dict[str, Any]:
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     """What all three call by the same name, as far as it was asked for."""
-    return {name: getattr(args, name) for name in ("top_k", "top_p") if getattr(args, name) is not None}
+    names = "top_k", "top_p", "repetition_penalty"
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 ENGINES: dict[str, type[Engine]] = {cls.name: cls for cls in (NanoVLLM, VLLM, Transformers)}

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import bench
+import nanovllm
 from benchmarks import scaling, second_rank
 from benchmarks.profiling import PARTS, RUN, kernel_table
 from benchmarks.workload import WORKLOADS, Case, ModelBytes, floor_bytes, make_case, min_steps
+from nanovllm import SamplingParams
 from nanovllm.engine.step_channel import StepChannel
 
 
@@ -74,6 +76,21 @@ def test_small_workload_against_transformers(run):
     assert all(len(r["seconds"]) == 2 and r["floor_share"] > 0 for r in results)
     assert "one request: nanovllm at" in printed
     assert "nanovllm: 16 together at" in printed
+
+
+def test_sampling_options_reach_every_request(run, monkeypatch):
+    made = []
+
+    def recording(**kwargs):
+        made.append(SamplingParams(**kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(nanovllm, "SamplingParams", recording)
+    options = ["--top-k", "9", "--top-p", "0.9", "--repetition-penalty", "1.2", "--temperature", "0.5"]
+    run("--compare", "transformers", "--repeats", "1", "--input-len", "5", "--output-len", "3", *options)
+    sampling = {(p.top_k, p.top_p, p.repetition_penalty, p.temperature, p.ignore_eos, p.max_tokens) for p in made}
+    assert sampling == {(9, 0.9, 1.2, 0.5, True, 3)}
+    assert len(made) >= 17 * 2  # those of a warm-up, too
 
 
 def test_range_of_lengths_and_one_output_token(run):
