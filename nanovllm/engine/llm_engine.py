@@ -75,7 +75,8 @@ class LLMEngine(EngineCore):
     ) -> list[dict[str, Any]]:
         """Conversations put into words by the model's chat template: prompts for `generate` or `stream`.
 
-        Each is {"prompt": text, "prompt_token_ids": ids}, of which the ids count: pass on an edited text by itself.
+        Each is {"prompt": text, "prompt_token_ids": ids}, of which the ids count: to edit one, pass its text alone, and
+        without what the tokenizer itself begins a text with.
 
         Args:
             messages: a list of {"role": …, "content": …}, or a list of such lists. A content is a text or a list of

@@ -199,6 +199,9 @@ class DecodingSequences(list[Sequence]):
         self.full_at: defaultdict[int, list[Sequence]] = defaultdict(list)  # who needs a block, by `num_steps`
         self.foresee(self)
         self.grown = list(seqs)  # nobody else has blocks that the device has not been told of
+        # Kept here by others, so no longer than it is true:
+        self.asking: Any = None  # list of engine/adjustments.py's: what those of them ask for that does not change
+        self.data: Any = None  # array of engine/batch.py's: what a step says that only goes on
 
     def foresee(self, seqs: Iterable[Sequence]) -> None:
         """Note when `seqs`, each with a slot for its newest token, will have none; not of those that end before."""
@@ -242,6 +245,3 @@ class DecodingSequences(list[Sequence]):
     @cached_property
     def watched(self) -> list[Sequence]:
         return watched(self)
-
-    asking: Any = None  # list of engine/adjustments.py's: what those of them ask for that does not change
-    data: Any = None  # array of engine/batch.py's: what a step says that only goes on
