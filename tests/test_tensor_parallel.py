@@ -571,9 +571,11 @@ def test_modules_are_found_where_rank_0_finds_them(qwen3, tmp_path):
     (tmp_path / "asyncio.py").write_text("raise SystemExit('not this one')")
     script = f"""
 import asyncio, sys
+from pathlib import Path
 sys.path.insert(next(i for i, path in enumerate(sys.path) if path.endswith("-packages")), {str(tmp_path)!r})
 import nanovllm
 assert nanovllm.__file__.startswith({str(tmp_path)!r})
+sys.path.insert(0, Path("/tmp"))  # a mistake, of which Python says nothing
 llm = nanovllm.LLM({str(qwen3.path)!r}, tensor_parallel_size=2, **{OPTIONS!r})
 print(llm.generate([[1, 2]], nanovllm.SamplingParams(max_tokens=3), use_tqdm=False)[0]["token_ids"])
 """

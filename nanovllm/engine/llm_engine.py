@@ -48,7 +48,8 @@ class LLMEngine(EngineCore):
             RuntimeError: the engine is closed, or in the middle of a step, where a logits processor called this.
             EngineDeadError: the device or a rank is lost. torch.OutOfMemoryError: with the settings to lower.
             Whatever one of this call's `logits_processors` raised.
-            Whatever interrupts the loop, Ctrl-C included: it propagates, and this call's requests are gone.
+            Whatever interrupts the loop, Ctrl-C included: it propagates, and this call's requests are gone. With
+                several ranks what the handler of another signal raises in a step is an EngineDeadError, caused by that.
         """
         check_bool("use_tqdm", use_tqdm)
         requests = self.input_processor.make_requests(prompts, sampling_params)

@@ -107,10 +107,10 @@ class WorkerGroup:
         ear, bell = os.pipe()
         self.bells.append(bell)
         descriptors = theirs.fileno(), lifeline, self.channel.fd, ear
-        # Where this process looks for modules, in its order, and where this very package is.
-        path = os.pathsep.join(
-            [*(entry or os.getcwd() for entry in sys.path), str(Path(__file__).resolve().parents[2])]
-        )
+        # Where this process looks for modules, in its order, and where this very package is. A Path is passed over, as
+        # Python does with it.
+        entries = [entry or os.getcwd() for entry in sys.path if isinstance(entry, str)]
+        path = os.pathsep.join([*entries, str(Path(__file__).resolve().parents[2])])
         with theirs, open(ear, "rb"):  # the worker has copies of these
             process = subprocess.Popen(
                 [sys.executable, "-m", "nanovllm.engine.worker", str(rank), *map(str, descriptors)],
