@@ -21,7 +21,7 @@ def stand_ins(runner: ModelRunner) -> Iterator[None]:
         yield
         return
     group = object.__new__(WorkerGroup)  # no more of it than a step needs
-    group.bells, group.failure = [], None
+    group.bells, group.failure, group.num_threads = [], None, workers.num_threads
     step_size = workers.channel.slot_size - HEADER
     group.channel = StepChannel(workers.size, step_size)
     sockets, processes = [], []

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,8 +14,10 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import types
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,7 @@ from helpers import (
 
 from nanovllm import LLM, AsyncLLM, EngineDeadError, SamplingParams
 from nanovllm.engine import batch, engine_core, kv_cache, model_runner, worker_group
+from nanovllm.engine.cuda_graph import batch_buckets
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.sequence import DecodingSequences, Sequence
 from nanovllm.engine.step_channel import AGAIN, FIELDS, NEW, StepChannel, max_step_size
@@ -45,7 +49,7 @@ from nanovllm.engine.step_output import PendingTokens
 from nanovllm.engine.worker import AWAKE_S, wait_on
 from nanovllm.utils import nccl, peer_memory, threads
 from nanovllm.utils.distributed import TensorParallel, check_divisible
-from nanovllm.utils.interrupts import deferred_interrupts
+from nanovllm.utils.interrupts import deferred_signals
 
 OPTIONS: dict[str, Any] = {
     "device": "cpu", "max_model_len": 256, "kvcache_block_size": 16, "num_kvcache_blocks": 64, "max_num_seqs": 8
@@ -162,23 +166,45 @@ def test_a_callable_that_raises_leaves_the_ranks_in_step(qwen3):
         assert_matches(qwen3, prompts, llm.generate(prompts, greedy(20), use_tqdm=False), 20)
 
 
+def test_logits_stay_where_they_are_until_somebody_asks_for_more(qwen3):
+    """Of a row one score and one id travel, also where it is drawn at random."""
+    gathered = []
+
+    def watched(gather: Any) -> Any:
+        return lambda tp, x: gathered.append(tuple(x.shape)) or gather(tp, x)
+
+    prompts = many_prompts(3, seed=5)
+    plain = [greedy(9), SamplingParams(temperature=0.8, seed=1, max_tokens=9, ignore_eos=True), greedy(9)]
+    with qwen3.llm(tensor_parallel_size=2) as llm, replaced(TensorParallel, "all_gather", watched):
+        llm.generate(prompts, plain, use_tqdm=False)
+        assert gathered == [(2, 3)] * 9
+        gathered.clear()
+        asking = SamplingParams(max_tokens=9, top_p=0.9, ignore_eos=True)
+        llm.generate(prompts, [asking, *plain[1:]], use_tqdm=False)
+        shard_size = llm.model_runner.model.lm_head.shard_size
+        assert gathered == [(3, shard_size)] * 9
+        assert shard_size > 100
+
+
 WORKER = """
 import json, sys, torch
 from nanovllm.engine import kv_cache, worker
+from nanovllm.engine.cuda_graph import batch_buckets
 from nanovllm.engine.model_runner import ModelRunner
 free_bytes, path = json.loads({settings!r})
 kv_cache.free_ram_bytes = lambda: free_bytes
 loop = ModelRunner.loop
 def loop_and_tell(self, next_step):
     with open(path, "w") as file:
-        json.dump([self.num_kvcache_blocks, self.kv_cache.shape[2], self.block_size, torch.get_num_threads()], file)
+        of_cache = self.num_kvcache_blocks, self.kv_cache.shape[2], self.block_size
+        json.dump([*of_cache, torch.get_num_threads(), batch_buckets(self.config.max_num_seqs)], file)
     loop(self, next_step)
 ModelRunner.loop = loop_and_tell
 worker.main()
 """
 
 
-def test_every_rank_has_the_blocks_of_the_poorest_and_its_share_of_the_cores(qwen3, monkeypatch, tmp_path):
+def test_every_rank_has_the_blocks_of_the_poorest_the_same_graphs_and_its_share_of_cores(qwen3, monkeypatch, tmp_path):
     with qwen3.llm() as alone:
         rank_bytes = alone.model_runner.block_bytes // 2
     free_bytes = int(50.5 * rank_bytes * 2 / kv_cache.CPU_CACHE_SHARE)  # for 50 blocks on each of two ranks
@@ -191,12 +217,19 @@ def test_every_rank_has_the_blocks_of_the_poorest_and_its_share_of_the_cores(qwe
     try:
         with qwen3.llm(tensor_parallel_size=2, num_kvcache_blocks=-1, max_num_seqs=64) as llm:
             assert llm.model_runner.num_kvcache_blocks == llm.block_manager.num_blocks == 50
-            assert torch.get_num_threads() == 3
             wait_until((tmp_path / "told").exists)
             prompts = many_prompts(3, seed=8)
-            assert_matches(qwen3, prompts, llm.generate(prompts, greedy(8), use_tqdm=False), 8)
+            seen = set()
+
+            def watched(run: Any) -> Any:
+                return lambda *args: seen.add(torch.get_num_threads()) or run(*args)
+
+            with replaced(llm.model_runner, "run_model", watched):
+                assert_matches(qwen3, prompts, llm.generate(prompts, greedy(8), use_tqdm=False), 8)
+            assert seen == {3}
+            assert torch.get_num_threads() == 6, "the rest of the program is not the engine's"
             told = json.loads((tmp_path / "told").read_text())
-            assert told == [50, 51, llm.config.kvcache_block_size, 3]
+            assert told == [50, 51, llm.config.kvcache_block_size, 3, batch_buckets(64)]
     finally:
         torch.set_num_threads(num_threads)
 
@@ -347,7 +380,7 @@ def test_a_worker_hangs(qwen3):
 
 
 BROKEN_WORKER = """
-import time
+import os, time
 from nanovllm.engine import worker
 from nanovllm.layers.linear import RowParallelLinear
 count, forward = 0, RowParallelLinear.forward
@@ -367,6 +400,8 @@ worker.main()
     [
         ("time.sleep(600)", r"rank 1 \(process \d+\) has not moved for 1\.5 s"),
         ("raise KeyError('a layer')", "ended with exit code 1: KeyError: 'a layer'"),
+        # Its standard error is a pipe that nobody reads any more.
+        ("r, w = os.pipe(); os.dup2(w, 2); os.close(r); os.close(w); 0 / 0", "exit code 1: ZeroDivisionError: "),
     ],
 )
 def test_a_worker_hangs_or_raises_inside_a_layer(qwen3, monkeypatch, tmp_path, capfd, act, message):
@@ -393,23 +428,54 @@ def test_an_idle_engine_is_not_taken_for_a_hanging_one(qwen3):
         llm.generate([[1]], greedy(3), use_tqdm=False)
 
 
-def test_an_exit_that_a_signal_asks_for_propagates(qwen3):
-    """A handler of SIGTERM calls sys.exit(), which the program's `except Exception` must not catch."""
+@pytest.mark.parametrize(("sig", "error"), [(signal.SIGTERM, SystemExit(3)), (signal.SIGALRM, TimeoutError("late"))])
+def test_what_a_signals_handler_raises_propagates_and_the_ranks_go_on(qwen3, sig, error):
+    """As with one rank, where it leaves nobody waiting."""
+
+    def handle(*_: Any) -> None:
+        in_step.append("run_model" in {frame.name for frame in traceback.extract_stack()})
+        raise error
+
+    in_step: list[bool] = []
+    llm = qwen3.llm(tensor_parallel_size=2)
+    previous = signal.signal(sig, handle)
+    try:
+        with pytest.raises(type(error)) as caught:
+            while_generating(llm, lambda: os.kill(os.getpid(), sig), lambda llm: (llm.model_runner, "run_model"))
+        assert caught.value is error
+        assert signal.getsignal(sig) is handle
+    finally:
+        signal.signal(sig, previous)
+    assert in_step == [False]
+    prompts = many_prompts(3, seed=8)
+    assert_matches(qwen3, prompts, llm.generate(prompts, greedy(8), use_tqdm=False), 8)
+    llm.close()
+
+
+def test_an_exit_within_a_step_propagates(qwen3):
+    """The program's `except Exception` must not catch it; the ranks are lost."""
     llm = qwen3.llm(tensor_parallel_size=2)
     pids = worker_pids(llm)
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
-    try:
-        with pytest.raises(SystemExit) as caught:
-            while_generating(
-                llm, lambda: os.kill(os.getpid(), signal.SIGTERM), lambda llm: (llm.model_runner, "run_model")
-            )
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    with pytest.raises(SystemExit) as caught:
+        while_generating(llm, lambda: sys.exit(3), lambda llm: (llm.model_runner, "run_model"))
     assert caught.value.code == 3
     with pytest.raises(EngineDeadError, match="rank 0 failed in a step: SystemExit: 3"):
         llm.generate([[1]], use_tqdm=False)
     assert_gone(pids)
     llm.close()
+
+
+def test_a_worker_is_killed_where_nobody_waits_for_processes(qwen3):
+    """As some daemons set it up: then the system tells no one how a process ended, and `Popen` says 0."""
+    llm = qwen3.llm(tensor_parallel_size=2)
+    pids, previous = worker_pids(llm), signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with pytest.raises(EngineDeadError, match=rf"rank 1 \(process {pids[0]}\) ended with an unknown exit code"):
+            while_generating(llm, lambda: os.kill(pids[0], signal.SIGKILL))
+        llm.close()
+    finally:
+        signal.signal(signal.SIGCHLD, previous)
+    assert_gone(pids)
 
 
 def test_an_exception_in_a_workers_step(qwen3, capfd):
@@ -587,6 +653,23 @@ print(llm.generate([[1, 2]], nanovllm.SamplingParams(max_tokens=3), use_tqdm=Fal
     assert run.stdout.startswith("[")
 
 
+def test_modules_of_the_current_directory_get_in_nobodys_way(qwen3, monkeypatch, tmp_path):
+    """Neither where PYTHONSAFEPATH means nothing yet, before Python 3.11."""
+    popen = subprocess.Popen
+
+    def start(*args: Any, **kwargs: Any) -> subprocess.Popen:
+        del kwargs["env"]["PYTHONSAFEPATH"]
+        return popen(*args, **kwargs)
+
+    for name in ("ctypes", "json", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    monkeypatch.chdir(tmp_path)
+    with qwen3.llm(tensor_parallel_size=2) as llm:
+        assert len(llm.generate([[1, 2]], greedy(3), use_tqdm=False)[0]["token_ids"]) == 3
+
+
 def test_of_four_ranks_the_one_that_was_killed_is_named(qwen3):
     """Survivors fail because of it, and may be seen first."""
     llm = qwen3.llm(tensor_parallel_size=4)
@@ -713,21 +796,39 @@ def test_nothing_of_an_engine_stays_in_the_process(qwen3, monkeypatch):
     wait_until(lambda: thread_ids() <= threads_before)
 
 
-def test_threads_are_given_back_in_any_order():
+def test_threads_are_as_many_as_before_after_a_step():
     before = torch.get_num_threads()
     torch.set_num_threads(7)
     try:
-        a, b = threads.shared_cores(2), threads.shared_cores(4)
-        limits = a.__enter__(), b.__enter__()
-        assert limits == (min(7, max(1, threads.num_cores() // 2)), min(7, max(1, threads.num_cores() // 4)))
-        assert torch.get_num_threads() == min(limits)
-        a.__exit__(None, None, None)
-        assert torch.get_num_threads() == limits[1]
-        b.__exit__(None, None, None)
+        assert threads.share_of_cores(2) == min(7, max(1, threads.num_cores() // 2))
+        with threads.limited_threads(3):
+            assert torch.get_num_threads() == 3
+            with contextlib.suppress(ZeroDivisionError), threads.limited_threads(2):
+                assert torch.get_num_threads() == 2
+                raise ZeroDivisionError
+            assert torch.get_num_threads() == 3
+            with threads.limited_threads(None):
+                assert torch.get_num_threads() == 3
         assert torch.get_num_threads() == 7
         torch.set_num_threads(1)  # by the user, or OMP_NUM_THREADS: not more on any rank
-        with threads.shared_cores(2) as limit:
-            assert limit == 1
+        assert threads.share_of_cores(2) == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_made_in_one_thread_and_used_and_closed_in_another(qwen3, monkeypatch):
+    """As AsyncLLM does it. How many threads torch computes with is a setting of each."""
+    monkeypatch.setattr(threads, "num_cores", lambda: 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        llm, prompts = qwen3.llm(tensor_parallel_size=2), many_prompts(2, seed=3)
+        with ThreadPoolExecutor(1) as executor:
+            outputs = executor.submit(llm.generate, prompts, greedy(5), use_tqdm=False).result(HANGING_S)
+            executor.submit(llm.close).result(HANGING_S)
+            assert executor.submit(torch.get_num_threads).result(HANGING_S) == 2
+        assert_matches(qwen3, prompts, outputs, 5)
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
 
@@ -864,7 +965,7 @@ def test_ctrl_c_waits_for_the_end_of_a_launch():
     order = []
 
     def launch() -> None:
-        with deferred_interrupts():
+        with deferred_signals():
             os.kill(os.getpid(), signal.SIGINT)
             for _ in range(1000):
                 order.append("launching")
@@ -875,37 +976,75 @@ def test_ctrl_c_waits_for_the_end_of_a_launch():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_what_other_signals_raise_goes_through_where_ctrl_c_is_held_back():
-    """A ValueError too, which `signal` itself raises in threads other than the main one."""
+def test_signals_are_held_back_wherever_they_strike():
+    """Also as the block is entered or left: what their handlers raise goes through, and none loses its handler."""
 
-    class TooLate(ValueError):
+    class TooLate(ValueError):  # which `signal` itself raises in threads other than the main one
         pass
 
-    num_alarms = num_raised = 0
+    num_alarms = num_raised = num_within = 0
 
     def ring(*_: Any) -> None:
         nonlocal num_alarms
         num_alarms += 1
         raise TooLate
 
+    def go_on() -> None:
+        nonlocal num_within, num_raised
+        is_within = False
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 2e-5)
+            for _ in range(50):
+                with deferred_signals():
+                    try:
+                        for _ in range(5):
+                            pass
+                    except TooLate:
+                        is_within = True
+                        raise
+        except TooLate:
+            num_raised += 1
+            num_within += is_within
+
     previous = signal.signal(signal.SIGALRM, ring)
     try:
         while num_alarms < 1000:
             try:
-                signal.setitimer(signal.ITIMER_REAL, 2e-5)
-                for _ in range(50):
-                    with deferred_interrupts():
-                        pass
-            except TooLate:
+                go_on()
+            except TooLate:  # within the `except` above
                 num_raised += 1
-            finally:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-    except TooLate:  # within `except` or `finally` above
-        num_raised += 1
+            assert signal.getsignal(signal.SIGALRM) is ring
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
     assert num_raised == num_alarms > 0
+    assert num_within == 0
+
+
+def test_of_several_signals_each_is_heard():
+    heard = []
+
+    def handle(number: int, frame: Any) -> None:
+        heard.append(number)
+        raise TimeoutError(number)
+
+    def strike() -> None:
+        with deferred_signals():
+            for number in signals * 2:
+                os.kill(os.getpid(), number)
+            assert not heard
+
+    signals = [signal.SIGALRM, signal.SIGTERM, signal.SIGUSR1]
+    previous = [signal.signal(number, handle) for number in signals]
+    try:
+        with pytest.raises(TimeoutError) as caught:
+            strike()
+    finally:
+        for number, handler in zip(signals, previous):
+            signal.signal(number, handler)
+    assert sorted(heard) == sorted(signals)
+    assert isinstance(caught.value.__context__, TimeoutError)
 
 
 def test_what_is_waited_for_at_the_end():
@@ -942,32 +1081,27 @@ def tcp_sockets(pid: int) -> dict[str, tuple[str, str]]:
 
 
 def test_ranks_meet_in_private(qwen3):
-    """In a directory that only this user may enter, whatever the umask, and then over the loopback interface alone."""
-    seen = []
+    """In a file that has no name, and then over the loopback interface alone."""
+    stores = []
 
     def watched(connect: Any) -> Any:
         def wrapped(boot: dict[str, Any], *args: Any) -> Any:
-            directory = Path(boot["directory"])
-            seen.append((directory, directory.stat().st_mode & 0o777))
             found = connect(boot, *args)
-            assert (directory / "store").exists(), "they met elsewhere"
+            stores.append(os.fstat(boot["store"]))
             return found
 
         return wrapped
 
-    before, umask = tcp_sockets(os.getpid()), os.umask(0)
-    try:
-        with replaced(worker_group, "connect", watched), qwen3.llm(tensor_parallel_size=2) as llm:
-            ((directory, mode),) = seen
-            assert mode == 0o700
-            assert not directory.exists(), "it is of no use any more"
-            llm.generate([[1, 2, 3]], greedy(3), use_tqdm=False)
-            for pid in (os.getpid(), *worker_pids(llm)):
-                peers = {pair for inode, pair in tcp_sockets(pid).items() if inode not in before}
-                assert (LOOPBACK, LOOPBACK) in peers, "they speak through something else"
-                assert peers <= {(LOOPBACK, LOOPBACK), (LOOPBACK, "00000000")}
-    finally:
-        os.umask(umask)
+    before = tcp_sockets(os.getpid())
+    with replaced(worker_group, "connect", watched), qwen3.llm(tensor_parallel_size=2) as llm:
+        (store,) = stores
+        assert store.st_nlink == 0
+        assert store.st_size, "they met elsewhere"
+        llm.generate([[1, 2, 3]], greedy(3), use_tqdm=False)
+        for pid in (os.getpid(), *worker_pids(llm)):
+            peers = {pair for inode, pair in tcp_sockets(pid).items() if inode not in before}
+            assert (LOOPBACK, LOOPBACK) in peers, "they speak through something else"
+            assert peers <= {(LOOPBACK, LOOPBACK), (LOOPBACK, "00000000")}
 
 
 def test_del(qwen3):
@@ -1101,6 +1235,105 @@ def test_a_fork_of_rank_0s_process(qwen3):
             assert_gone([pid])
         finally:
             os.kill(child, signal.SIGKILL)
+
+
+KILLED_IN_THE_START = """
+import os, signal, subprocess, sys, time
+from nanovllm import LLM
+popen = subprocess.Popen
+def start(*args, **kwargs):
+    worker = popen(*args, **kwargs)
+    print(worker.pid, flush=True)
+    return worker
+subprocess.Popen = start
+LLM(sys.argv[1], tensor_parallel_size=2, device="cpu", num_kvcache_blocks=64)
+time.sleep(600)
+"""
+
+
+def test_rank_0_is_killed_while_a_worker_imports(qwen3):
+    """Then no thread of the worker's looks after anything."""
+    with program(KILLED_IN_THE_START, qwen3) as process:
+        pid = int(process.stdout.readline())
+        maps = Path(f"/proc/{pid}/maps")
+        wait_until(lambda: "/libc10" in maps.read_text())  # of torch
+        os.kill(pid, signal.SIGSTOP)  # so that it does not come any further
+        assert "memfd:nanovllm" not in maps.read_text()
+        process.kill()
+        process.wait(timeout=HANGING_S)
+        assert_gone([pid])
+
+
+def test_rank_0_is_killed_while_a_worker_is_stopped(qwen3):
+    with program(PROGRAM + SLEEP, qwen3) as process:
+        pid = int(process.stdout.readline())
+        process.stdout.readline()
+        os.kill(pid, signal.SIGSTOP)
+        process.kill()
+        process.wait(timeout=HANGING_S)
+        assert_gone([pid])
+
+
+FORK_IN_THE_START = """
+import os, signal, subprocess, sys, time
+from nanovllm import LLM
+popen = subprocess.Popen
+def start(*args, **kwargs):
+    worker = popen(*args, **kwargs)
+    child = os.fork()
+    if child == 0:
+        time.sleep(600)
+    print(f"{worker.pid} {child}", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+subprocess.Popen = start
+LLM(sys.argv[1], tensor_parallel_size=2, device="cpu", num_kvcache_blocks=64)
+"""
+
+
+def test_a_fork_outlives_rank_0_that_is_killed_while_it_starts(qwen3):
+    """A worker may have had another parent before its first line runs, and the fork has all that rank 0 had."""
+    with program(FORK_IN_THE_START, qwen3) as process:
+        pid, child = map(int, process.stdout.readline().split())
+        try:
+            process.wait(timeout=HANGING_S)
+            assert is_running(child)
+            assert_gone([pid])
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+SIGPIPE = """
+import os, signal
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+worker = llm.model_runner.workers.processes[0]
+os.kill(worker.pid, signal.SIGKILL)
+worker.wait()
+assert llm.model_runner.workers.failure is None, "it has not been told yet how the worker ended"
+try:
+    llm.generate([[1, 2, 3]], use_tqdm=False)
+except Exception as error:
+    print(f"{type(error).__name__}: {error}", flush=True)
+llm.close()
+"""
+
+
+def test_a_worker_dies_where_a_broken_pipe_is_deadly(qwen3):
+    """As in programs for the command line, which end so when their reader does."""
+    with program(PROGRAM + SIGPIPE, qwen3) as process:
+        said = process.communicate(timeout=HANGING_S)[0].splitlines()
+    assert process.returncode == 0
+    assert re.fullmatch(r"EngineDeadError: rank 1 .*exit code -9", said[-1])
+
+
+def test_a_directory_that_is_gone_costs_no_descriptors(qwen3, monkeypatch):
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.setattr(os, "getcwd", lambda: (_ for _ in ()).throw(FileNotFoundError(2, "No such file or directory")))
+    for _ in range(3):
+        with pytest.raises(FileNotFoundError):
+            qwen3.llm(tensor_parallel_size=2)
+        gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_in_a_notebook(qwen3):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nanovllm.utils.interrupts import deferred_interrupts
+from nanovllm.utils.interrupts import deferred_signals
 from nanovllm.utils.modes import without_autocast
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class DecodeGraphs:
             stream.wait_stream(previous)
             self.step(rows, sample)
             stream.synchronize()
-            with deferred_interrupts():  # or the stream, which is the process's, could be left capturing
+            with deferred_signals():  # or the stream, which is the process's, could be left capturing
                 graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
                 try:
                     outputs = self.step(rows, sample)

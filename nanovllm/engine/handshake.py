@@ -5,7 +5,6 @@ line for each of STATES that it reaches, or for its error. Steps are not told he
 """
 
 import json
-import os
 import select
 import socket
 from dataclasses import fields
@@ -26,13 +25,13 @@ def config_to_json(config: Config) -> dict[str, Any]:
 
 def connect(boot: dict[str, Any], rank: int, size: int) -> TensorParallel:
     """Meet the other ranks."""
-    if boot["unique_id"]:
+    if "unique_id" in boot:
         from nanovllm.utils.nccl import NcclCommunicator
 
         return TensorParallel(rank, size, NcclCommunicator(bytes.fromhex(boot["unique_id"]), rank, size))
     from nanovllm.utils.gloo import GlooCommunicator
 
-    return TensorParallel(rank, size, GlooCommunicator(os.path.join(boot["directory"], "store"), rank, size))
+    return TensorParallel(rank, size, GlooCommunicator(f"/proc/self/fd/{boot['store']}", rank, size))
 
 
 def readable(fds: list[int]) -> set[int]:

@@ -37,7 +37,7 @@ from nanovllm.layers.sampler import LogprobsTensors, Sampler, compute_logprobs
 from nanovllm.models import build_model, get_model_class
 from nanovllm.utils.context import Context, clear_context, set_context
 from nanovllm.utils.distributed import TensorParallel
-from nanovllm.utils.interrupts import deferred_interrupts
+from nanovllm.utils.interrupts import deferred_signals
 from nanovllm.utils.loader import load_model
 from nanovllm.utils.modes import without_autocast
 
@@ -63,7 +63,7 @@ class ModelRunner:
 
     def _start_with_workers(self) -> None:
         try:
-            with deferred_interrupts():  # or processes could be there that nobody knows of
+            with deferred_signals():  # or processes could be there that nobody knows of
                 self.workers = workers = WorkerGroup(self.config)
                 weakref.finalize(self, workers.stop)  # should nobody get to call `exit`
             self._start(workers.connect, workers.loaded)

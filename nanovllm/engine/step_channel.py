@@ -29,7 +29,7 @@ def max_step_size(max_num_batched_tokens: int, max_num_seqs: int, max_blocks: in
 
 
 def create_memory(size_bytes: int) -> int:
-    """A file descriptor of that much anonymous memory, zero and not yet taken."""
+    """A file descriptor of that much anonymous memory, zero and not yet taken. It is a file as well, without a name."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("nanovllm")
     else:

@@ -1,9 +1,8 @@
-"""A tensor-parallel rank beside rank 0: `python -m nanovllm.engine.worker`, as engine/worker_group.py starts it."""
+"""A tensor-parallel rank beside rank 0: a process that engine/worker_group.py starts, with `main` as its program."""
 
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -16,7 +15,7 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.batch import StepInput
-from nanovllm.engine.handshake import connect, readable, receive_json
+from nanovllm.engine.handshake import POLL_S, connect, readable, receive_json
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.step_channel import StepChannel
 from nanovllm.utils.distributed import TensorParallel
@@ -27,8 +26,7 @@ LOOK_S = 5e-5  # between two looks; what it costs is hidden, since a step is lau
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides
-    parent = os.getppid()
-    rank, socket_fd, lifeline, memory_fd, ear = map(int, sys.argv[1:])
+    rank, parent, socket_fd, ear = map(int, sys.argv[1:])
     sock = socket.socket(fileno=socket_fd)
 
     def tell(**message: str) -> None:
@@ -36,8 +34,8 @@ def main() -> None:
 
     boot = receive_json(sock)
     size = boot["config"]["tensor_parallel_size"]
-    channel = StepChannel(size, boot["step_size"], memory_fd)
-    threading.Thread(target=live, args=(channel, rank, lifeline, parent, boot["directory"]), daemon=True).start()
+    channel = StepChannel(size, boot["step_size"], boot["memory"])
+    threading.Thread(target=live, args=(channel, rank, parent), daemon=True).start()
     code = 1
     try:
         config = Config(**boot["config"]).of_rank(rank)
@@ -58,10 +56,12 @@ def main() -> None:
         runner.loop(wait_on(ear, sock, channel, rank))
         code = 0
     except BaseException as error:
-        traceback.print_exc()
-        tell(error=f"{type(error).__name__}: {error}")
+        with contextlib.suppress(OSError):
+            tell(error=f"{type(error).__name__}: {error}")
+        with contextlib.suppress(OSError):  # of a pipe that nobody reads any more
+            traceback.print_exc()
+            sys.stderr.flush()
     finally:
-        sys.stderr.flush()
         os._exit(code)  # at once: peers may be gone, and what there is to free ends with the process
 
 
@@ -95,16 +95,11 @@ def wait_on(ear: int, sock: socket.socket, channel: StepChannel, rank: int) -> C
     return next_step
 
 
-def live(channel: StepChannel, rank: int, lifeline: int, parent: int, directory: str) -> None:
-    """Show that this process is alive, and end it when rank 0's, the `parent`, has ended."""
-    # A fork of rank 0's process keeps the other end of the lifeline open.
-    while not readable([lifeline]) and os.getppid() == parent:
+def live(channel: StepChannel, rank: int, parent: int) -> None:
+    """Show that this process is alive; end it when rank 0's, the `parent`, has ended, should the system not do so."""
+    while os.getppid() == parent:
         # Not the CPU time alone: in gVisor it moves in ticks of 10 ms, and a thread that wakes up seldom meets one.
         channel.heartbeats[rank] += 1
         channel.busy_s[rank] = int(time.process_time())
-    shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(POLL_S)
     os._exit(1)
-
-
-if __name__ == "__main__":
-    main()

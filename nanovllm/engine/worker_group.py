@@ -1,22 +1,22 @@
 """Rank 0's side of the other tensor-parallel ranks: they start, are told of steps, die and end. Used by the runner.
 
 Each of them (engine/worker.py) is a process of its own, started as a program, so that no script needs a `__main__`
-guard. It inherits four files: a socket, over which it answers in JSON; the memory of the step channel; and the read
-ends of two pipes: one brings a byte for every step, and the worker ends when it is closed, the other closes when rank
-0's process ends, however that happens.
+guard. It inherits a socket, over which it is told in JSON what there is to do, and answers; the memory of the step
+channel; and the read end of a pipe that brings a byte for every step, at whose end the worker ends. When rank 0's
+process ends, however that happens, the system ends the worker.
 """
 
 import json
 import os
-import shutil
+import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,19 +26,31 @@ import torch
 from nanovllm.config import Config
 from nanovllm.engine.batch import StepInput
 from nanovllm.engine.handshake import POLL_S, STATES, config_to_json, connect, readable, receive_json
-from nanovllm.engine.step_channel import StepChannel, max_step_size
+from nanovllm.engine.step_channel import StepChannel, create_memory, max_step_size
 from nanovllm.errors import EngineDeadError
 from nanovllm.utils.distributed import Communicator, TensorParallel
-from nanovllm.utils.interrupts import deferred_interrupts
-from nanovllm.utils.threads import shared_cores
+from nanovllm.utils.interrupts import deferred_signals
+from nanovllm.utils.threads import limited_threads, share_of_cores
 
 T = TypeVar("T")
 END_S = 3.0  # for a worker to end by itself
 START_PATIENCE = 60  # times as long as a step may one stand still that is starting
+# What a worker runs. First of all, since imports take seconds: when the thread that has started it ends, and that is
+# with its process at the latest, the system is to kill it, even one that is stopped. prctl(2), PR_SET_PDEATHSIG.
+PROGRAM = f"""
+import sys
+sys.path[:] = filter(None, sys.path)  # not the current directory, as PYTHONSAFEPATH says from Python 3.11 on
+import ctypes, os
+ctypes.CDLL(None).prctl(1, {int(signal.SIGKILL)})
+if os.getppid() != int(sys.argv[2]):  # it was over before
+    os._exit(1)
+from nanovllm.engine.worker import main
+main()
+"""
 
 
 class WorkerGroup:
-    """Rank 0's view of the others. A thread watches them: when one dies or hangs, it ends all and `check` says so."""
+    """Rank 0's view of the others. A thread starts and watches them: if one dies or hangs, it ends all; see `check`."""
 
     def __init__(self, config: Config):
         self.size = config.tensor_parallel_size
@@ -51,8 +63,11 @@ class WorkerGroup:
         self.bells: list[int] = []  # write ends of the pipes with a byte for every step
         self.processes: list[subprocess.Popen] = []
         self.states = [0] * self.size  # which of STATES each rank has reached
+        # Rank 0 computes with as many as the others. None: it leaves torch's number as it is.
+        self.num_threads = share_of_cores(self.size) if self.device.type == "cpu" else None
         self._watcher: threading.Thread | None = None
         self._closed = False
+        self._have_ended = threading.Event()  # all workers
         self._is_noticed = False  # a rank's loss, which will be the `failure` as soon as it is known how it ended
         self._lock = threading.RLock()  # the garbage collector may call `stop` within `fail`
         self._held = ExitStack()  # what is given back at the end
@@ -68,11 +83,16 @@ class WorkerGroup:
             while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
                 held.callback(os.close, descriptor)
             os.close(descriptor)
-            self._start_workers(config)
-        self._watcher = threading.Thread(target=self._watch, name="nanovllm-workers", daemon=True)
-        self._watcher.start()
+            self._prepare(config)
+            are_started: Future[None] = Future()
+            self._watcher = threading.Thread(
+                target=self._watch, args=(are_started,), name="nanovllm-workers", daemon=True
+            )
+            self._watcher.start()
+            are_started.result()
 
-    def _start_workers(self, config: Config) -> None:
+    def _prepare(self, config: Config) -> None:
+        """What the ranks share, and what workers are told."""
         step_size = max_step_size(config.max_num_batched_tokens, config.max_num_seqs, config.max_blocks)
         self.channel = StepChannel(self.size, step_size)
         self._held.callback(delattr, self, "channel")  # and with it what maps the memory
@@ -80,46 +100,36 @@ class WorkerGroup:
         self.boot: dict[str, Any] = {
             "config": config_to_json(config),
             "step_size": step_size,
-            "directory": "",
-            "unique_id": "",
-            "num_threads": 0,
+            "memory": self.channel.fd,
+            "num_threads": self.num_threads,
         }
         if self.device.type == "cuda":
             from nanovllm.utils.nccl import make_unique_id
 
             self.boot["unique_id"] = make_unique_id().hex()
         else:
-            # Where they meet; nobody else may look in.
-            self.boot["directory"] = tempfile.mkdtemp(prefix="nanovllm-")
-            self._held.callback(shutil.rmtree, self.boot["directory"], ignore_errors=True)
-            self.boot["num_threads"] = self._held.enter_context(shared_cores(self.size))
-        boot = json.dumps(self.boot)
-        lifeline, ours = os.pipe()
-        self._held.callback(os.close, ours)
-        with open(lifeline, "rb"):
-            for rank in range(1, self.size):
-                self._start(rank, lifeline)
-        for sock in self.sockets:
-            sock.sendall(boot.encode() + b"\n")
+            self.boot["store"] = create_memory(0)  # a file in which they meet, and which nobody else can open
+            self._held.callback(os.close, self.boot["store"])
 
-    def _start(self, rank: int, lifeline: int) -> None:
-        ours, theirs = socket.socketpair()
-        ear, bell = os.pipe()
-        self.bells.append(bell)
-        descriptors = theirs.fileno(), lifeline, self.channel.fd, ear
+    def _start(self, rank: int) -> None:
         # Where this process looks for modules, in its order, and where this very package is. A Path is passed over, as
         # Python does with it.
         entries = [entry or os.getcwd() for entry in sys.path if isinstance(entry, str)]
         path = os.pathsep.join([*entries, str(Path(__file__).resolve().parents[2])])
-        with theirs, open(ear, "rb"):  # the worker has copies of these
+        ours, theirs = socket.socketpair()
+        self.sockets.append(ours)
+        ours.sendall(json.dumps(self.boot).encode() + b"\n")
+        ear, bell = os.pipe()
+        self.bells.append(bell)
+        self._held.callback(os.close, ear)  # as long as somebody has it, who rings for a dead worker gets no SIGPIPE
+        with theirs:  # the worker has a copy
             process = subprocess.Popen(
-                [sys.executable, "-m", "nanovllm.engine.worker", str(rank), *map(str, descriptors)],
-                pass_fds=descriptors,
+                [sys.executable, "-c", PROGRAM, *map(str, (rank, self.pid, theirs.fileno(), ear))],
+                pass_fds=[theirs.fileno(), ear, self.boot["memory"], *filter(None, [self.boot.get("store")])],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # a terminal's Ctrl-C is for rank 0 alone
                 env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
             )
-        self.sockets.append(ours)
         self.processes.append(process)
 
     def connect(self) -> TensorParallel:
@@ -150,7 +160,6 @@ class WorkerGroup:
     def loaded(self) -> None:
         """Wait until every worker has its weights, and hence has met all others."""
         self.wait_for("loaded")
-        shutil.rmtree(self.boot["directory"], ignore_errors=True)
 
     def wait_for(self, state: str) -> None:
         """Until every worker has said that it is that far; EngineDeadError if one is lost before."""
@@ -171,9 +180,9 @@ class WorkerGroup:
         """`work()`, rank 0's own part of `step`, while the others do theirs.
 
         Ctrl-C waits until all ranks have launched it. Whatever else goes wrong leaves them waiting for each other, so
-        it is the end: EngineDeadError, or what else than an Exception it was, as of a handler of SIGTERM.
+        it is the end: EngineDeadError, or what else than an Exception it was.
         """
-        with deferred_interrupts():
+        with deferred_signals(), limited_threads(self.num_threads):
             try:
                 self.check()
                 while not self.channel.has_room():
@@ -215,11 +224,18 @@ class WorkerGroup:
         if self.communicator is not None:
             self.communicator.abort()
 
-    def _watch(self) -> None:
+    def _watch(self, are_started: "Future[None]") -> None:
         try:
+            for rank in range(1, self.size):
+                self._start(rank)
+            are_started.set_result(None)
             self._watch_until_lost()
-        except Exception as error:  # or nobody would notice a lost rank
-            self.fail(f"rank 0 cannot watch over the others: {type(error).__name__}: {error}")
+        except BaseException as error:
+            if not are_started.done():
+                are_started.set_exception(error)
+            else:  # or nobody would notice a lost rank
+                self.fail(f"rank 0 cannot watch over the others: {type(error).__name__}: {error}")
+        self._have_ended.wait()  # for they end with the thread that has started them
 
     def _watch_until_lost(self) -> None:
         marks: dict[int, tuple[int, int, int]] = {}
@@ -272,25 +288,28 @@ class WorkerGroup:
             code: int | None = process.wait(timeout=2)
         except subprocess.TimeoutExpired:
             code = None
+        # What Popen says where somebody else has waited for the process, or SIGCHLD is ignored; they do not end so.
+        status = f"exit code {code}" if code else "an unknown exit code"
         reason = f": {answer['error']}" if "error" in answer else ""
-        return f"rank {rank} (process {process.pid}) ended with exit code {code}{reason}"
+        return f"rank {rank} (process {process.pid}) ended with {status}{reason}"
 
     def stop(self) -> None:
         """End the workers, kindly first; harmless when repeated. Ctrl-C waits until they have ended."""
         if os.getpid() != self.pid:  # a fork of rank 0's process does not own them
             return
-        with deferred_interrupts():
+        with deferred_signals():
             with self._lock:
                 if self._closed:
                     return
                 self._closed = True
             try:
                 self._end_kindly()
-            finally:  # of a handler of SIGTERM that raises, say
+            finally:
                 self._end()
 
     def _end(self) -> None:
         self._kill()
+        self._have_ended.set()
         if self.communicator is not None:
             self.communicator.abort()
             self.communicator.close()

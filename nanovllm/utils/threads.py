@@ -12,21 +12,20 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_thread_limits: list[int] = []  # torch's own, and those of the groups that there are
+def share_of_cores(size: int) -> int:
+    """How many threads each of `size` ranks may compute with: its part of the cores, no more than torch does now."""
+    return min(torch.get_num_threads(), max(1, num_cores() // size))
 
 
 @contextmanager
-def shared_cores(size: int) -> Iterator[int]:
-    """How many threads each of `size` ranks on CPUs may use; this process keeps to it. Groups may end in any order."""
-    if not _thread_limits:
-        _thread_limits.append(torch.get_num_threads())
-    limit = min(_thread_limits[0], max(1, num_cores() // size))
-    _thread_limits.append(limit)
-    torch.set_num_threads(min(_thread_limits))
+def limited_threads(num_threads: int | None) -> Iterator[None]:
+    """What this thread computes in the block uses so many threads, if it is a number. A setting of each thread."""
+    before = torch.get_num_threads()
+    if num_threads in (None, before):
+        yield
+        return
+    torch.set_num_threads(num_threads)
     try:
-        yield limit
+        yield
     finally:
-        del _thread_limits[_thread_limits.index(limit, 1)]
-        torch.set_num_threads(min(_thread_limits))
-        if len(_thread_limits) == 1:
-            _thread_limits.clear()
+        torch.set_num_threads(before)
