@@ -101,7 +101,7 @@ def send_nonsense(llm: LLM) -> None:
     [
         (signal.SIGKILL, False, "exit code -9"),
         (signal.SIGKILL, True, "exit code -9"),
-        (signal.SIGSTOP, False, "has not moved for 2 s"),
+        (signal.SIGSTOP, False, "has not moved for 2 s, and was killed: exit code -9"),
         (None, False, "exit code 1: ValueError: step"),
     ],
 )

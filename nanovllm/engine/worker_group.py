@@ -34,6 +34,7 @@ from nanovllm.utils.threads import limited_threads, share_of_cores
 
 T = TypeVar("T")
 END_S = 3.0  # for a worker to end by itself
+EXIT_S = 1.5  # for one that was killed to be gone, as far as an error's message waits for that
 START_PATIENCE = 60  # times as long as a step may one stand still that is starting
 # What a worker runs. First of all, since imports take seconds: when the thread that has started it ends, and that is
 # with its process at the latest, the system is to kill it, even one that is stopped. prctl(2), PR_SET_PDEATHSIG.
@@ -266,7 +267,10 @@ class WorkerGroup:
                 is_started = self.states[rank] == STATES.index("started")
                 limit_s = self.timeout_s if is_started else START_PATIENCE * self.timeout_s
                 if num_polls[rank] * POLL_S > limit_s:
-                    self.fail(f"rank {rank} (process {process.pid}) has not moved for {limit_s:g} s")
+                    self._is_noticed = True
+                    process.kill()
+                    hung = f"rank {rank} (process {process.pid}) has not moved for {limit_s:g} s, and was killed"
+                    self.fail(f"{hung}: {exit_status(process)}")
                     return
 
     def _describe_lost(self, rank: int, answer: dict[str, Any]) -> str:
@@ -284,14 +288,8 @@ class WorkerGroup:
     def _describe(self, rank: int, answer: dict[str, Any]) -> str:
         """How `rank` ended, and what it said last."""
         process = self.processes[rank - 1]
-        try:
-            code: int | None = process.wait(timeout=2)
-        except subprocess.TimeoutExpired:
-            code = None
-        # What Popen says where somebody else has waited for the process, or SIGCHLD is ignored; they do not end so.
-        status = f"exit code {code}" if code else "an unknown exit code"
         reason = f": {answer['error']}" if "error" in answer else ""
-        return f"rank {rank} (process {process.pid}) ended with {status}{reason}"
+        return f"rank {rank} (process {process.pid}) ended with {exit_status(process)}{reason}"
 
     def stop(self) -> None:
         """End the workers, kindly first; harmless when repeated. Ctrl-C waits until they have ended."""
@@ -340,9 +338,21 @@ class WorkerGroup:
             os.close(self.bells.pop())
 
     def _kill(self) -> None:
+        """End all at once. They have ended then, but for who is in a driver's call that does not return."""
         for process in self.processes:
             if process.poll() is None:
                 process.kill()
+        deadline = time.monotonic() + END_S
         for process in self.processes:
-            with suppress(subprocess.TimeoutExpired):  # in a driver's call that does not return: it ends with that
-                process.wait(timeout=END_S)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=max(0.0, deadline - time.monotonic()))
+
+
+def exit_status(process: subprocess.Popen) -> str:
+    """Of a worker that has ended, or is about to."""
+    with suppress(subprocess.TimeoutExpired):
+        # No worker ends with 0 as long as it is needed. `Popen` says so where nobody is told how its processes end:
+        # when SIGCHLD is ignored, or another thread waits for all of them.
+        if code := process.wait(timeout=EXIT_S):
+            return f"exit code {code}"
+    return "an unknown exit code"
