@@ -1,8 +1,6 @@
 """How many threads torch computes with on a CPU that several ranks share. Called by engine/worker_group.py."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -17,15 +15,17 @@ def share_of_cores(size: int) -> int:
     return min(torch.get_num_threads(), max(1, num_cores() // size))
 
 
-@contextmanager
-def limited_threads(num_threads: int | None) -> Iterator[None]:
-    """What this thread computes in the block uses so many threads, if it is a number. A setting of each thread."""
-    before = torch.get_num_threads()
-    if num_threads in (None, before):
-        yield
-        return
-    torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+class limited_threads:
+    """What the calling thread computes in the block uses so many threads, where it is a number. A setting of each."""
+
+    def __init__(self, num_threads: int | None):
+        self.num_threads = num_threads
+
+    def __enter__(self) -> None:
+        if self.num_threads is not None:
+            self.before = torch.get_num_threads()
+            torch.set_num_threads(self.num_threads)
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self.num_threads is not None:
+            torch.set_num_threads(self.before)
