@@ -6,6 +6,7 @@ import ctypes
 import gc
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -1022,6 +1023,37 @@ def test_signals_are_held_back_wherever_they_strike():
     assert num_within == 0
 
 
+def test_what_was_held_back_is_heard_also_when_another_handler_raises_then():
+    """SIGTERM strikes within the block, SIGALRM as it is left."""
+
+    class TooLate(Exception):
+        pass
+
+    def ring(*_: Any) -> None:
+        raise TooLate
+
+    num_late, heard = 0, {}
+    # Not a function in Python: another signal's handler may always run as that begins, and it would not go on.
+    previous = signal.signal(signal.SIGALRM, ring), signal.signal(signal.SIGTERM, heard.setdefault)
+    try:
+        while num_late < 3000:
+            heard.clear()
+            is_sent = False
+            try:
+                with deferred_signals():
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    is_sent = True
+                    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 2e-5))
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except TooLate:
+                num_late += 1
+            assert len(heard) == is_sent
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous[0])
+        signal.signal(signal.SIGTERM, previous[1])
+
+
 def test_of_several_signals_each_is_heard():
     heard = []
 
@@ -1087,7 +1119,7 @@ def test_ranks_meet_in_private(qwen3):
     def watched(connect: Any) -> Any:
         def wrapped(boot: dict[str, Any], *args: Any) -> Any:
             found = connect(boot, *args)
-            stores.append(os.fstat(boot["store"]))
+            stores.append(os.stat(boot["store"]))
             return found
 
         return wrapped
@@ -1102,6 +1134,34 @@ def test_ranks_meet_in_private(qwen3):
             peers = {pair for inode, pair in tcp_sockets(pid).items() if inode not in before}
             assert (LOOPBACK, LOOPBACK) in peers, "they speak through something else"
             assert peers <= {(LOOPBACK, LOOPBACK), (LOOPBACK, "00000000")}
+
+
+def test_what_outlives_an_engine_writes_into_nobodys_files(qwen3, tmp_path):
+    """torch's FileStore opens its file by name once more when it is destroyed."""
+    llm = qwen3.llm(tensor_parallel_size=2)
+    ranks, store = llm.model_runner.tp, llm.model_runner.workers.store
+    llm.close()
+    path = tmp_path / "file"
+    path.write_bytes(b"hello")
+    with contextlib.ExitStack() as files:
+        while store not in {files.enter_context(path.open("r+b")).fileno() for _ in range(20)}:
+            pass
+        del llm, ranks
+        gc.collect()
+    assert path.read_bytes() == b"hello"
+
+
+def test_no_thread_can_be_started(qwen3, monkeypatch):
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            qwen3.llm(tensor_parallel_size=2)
+        gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_del(qwen3):

@@ -31,7 +31,7 @@ def connect(boot: dict[str, Any], rank: int, size: int) -> TensorParallel:
         return TensorParallel(rank, size, NcclCommunicator(bytes.fromhex(boot["unique_id"]), rank, size))
     from nanovllm.utils.gloo import GlooCommunicator
 
-    return TensorParallel(rank, size, GlooCommunicator(f"/proc/self/fd/{boot['store']}", rank, size))
+    return TensorParallel(rank, size, GlooCommunicator(boot["store"], rank, size))
 
 
 def readable(fds: list[int]) -> set[int]:

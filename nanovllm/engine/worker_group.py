@@ -68,7 +68,8 @@ class WorkerGroup:
         self.num_threads = share_of_cores(self.size) if self.device.type == "cpu" else None
         self._watcher: threading.Thread | None = None
         self._closed = False
-        self._have_ended = threading.Event()  # all workers
+        self._have_ended = threading.Lock()  # all workers, when it is free; an Event is not for the garbage collector
+        self._have_ended.acquire()
         self._is_noticed = False  # a rank's loss, which will be the `failure` as soon as it is known how it ended
         self._lock = threading.RLock()  # the garbage collector may call `stop` within `fail`
         self._held = ExitStack()  # what is given back at the end
@@ -86,10 +87,9 @@ class WorkerGroup:
             os.close(descriptor)
             self._prepare(config)
             are_started: Future[None] = Future()
-            self._watcher = threading.Thread(
-                target=self._watch, args=(are_started,), name="nanovllm-workers", daemon=True
-            )
-            self._watcher.start()
+            watcher = threading.Thread(target=self._watch, args=(are_started,), name="nanovllm-workers", daemon=True)
+            watcher.start()
+            self._watcher = watcher
             are_started.result()
 
     def _prepare(self, config: Config) -> None:
@@ -101,7 +101,7 @@ class WorkerGroup:
         self.boot: dict[str, Any] = {
             "config": config_to_json(config),
             "step_size": step_size,
-            "memory": self.channel.fd,
+            "memory": self.channel.fd,  # descriptors have the same numbers in a worker
             "num_threads": self.num_threads,
         }
         if self.device.type == "cuda":
@@ -109,8 +109,9 @@ class WorkerGroup:
 
             self.boot["unique_id"] = make_unique_id().hex()
         else:
-            self.boot["store"] = create_memory(0)  # a file in which they meet, and which nobody else can open
-            self._held.callback(os.close, self.boot["store"])
+            self.store = create_memory(0)  # a file in which they meet
+            self._held.callback(os.close, self.store)
+            self.boot["store"] = f"/proc/self/fd/{self.store}"
 
     def _start(self, rank: int) -> None:
         # Where this process looks for modules, in its order, and where this very package is. A Path is passed over, as
@@ -126,7 +127,7 @@ class WorkerGroup:
         with theirs:  # the worker has a copy
             process = subprocess.Popen(
                 [sys.executable, "-c", PROGRAM, *map(str, (rank, self.pid, theirs.fileno(), ear))],
-                pass_fds=[theirs.fileno(), ear, self.boot["memory"], *filter(None, [self.boot.get("store")])],
+                pass_fds=[theirs.fileno(), ear, self.channel.fd, *([self.store] if "store" in self.boot else [])],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # a terminal's Ctrl-C is for rank 0 alone
                 env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
@@ -136,13 +137,18 @@ class WorkerGroup:
     def connect(self) -> TensorParallel:
         """Wait until every worker is about to meet the others, and meet them; EngineDeadError if one cannot."""
         self.wait_for("ready")
+        boot = self.boot
+        if "store" in boot:
+            # A worker's descriptor: FileStore writes into what has this name when it is destroyed, which may be after
+            # this process has closed its own and somebody else's file has the number. A worker's is never closed.
+            boot = {**boot, "store": f"/proc/{self.processes[0].pid}/fd/{self.store}"}
         results: list[Any] = []
 
         def meet() -> None:
             try:
                 if self.device.type == "cuda":  # a setting of each thread
                     torch.cuda.set_device(self.device)
-                results.append(connect(self.boot, 0, self.size))
+                results.append(connect(boot, 0, self.size))
             except BaseException as error:
                 results.append(error)
 
@@ -180,8 +186,8 @@ class WorkerGroup:
     def together(self, step: StepInput, work: Callable[[], T]) -> T:
         """`work()`, rank 0's own part of `step`, while the others do theirs.
 
-        Ctrl-C waits until all ranks have launched it. Whatever else goes wrong leaves them waiting for each other, so
-        it is the end: EngineDeadError, or what else than an Exception it was.
+        Ctrl-C, as other signals, waits until all ranks have launched it. Whatever else goes wrong leaves them waiting
+        for each other, so it is the end: EngineDeadError, or what else than an Exception it was.
         """
         with deferred_signals(), limited_threads(self.num_threads):
             try:
@@ -236,7 +242,7 @@ class WorkerGroup:
                 are_started.set_exception(error)
             else:  # or nobody would notice a lost rank
                 self.fail(f"rank 0 cannot watch over the others: {type(error).__name__}: {error}")
-        self._have_ended.wait()  # for they end with the thread that has started them
+        self._have_ended.acquire()  # since they end with the thread that has started them
 
     def _watch_until_lost(self) -> None:
         marks: dict[int, tuple[int, int, int]] = {}
@@ -292,7 +298,7 @@ class WorkerGroup:
         return f"rank {rank} (process {process.pid}) ended with {exit_status(process)}{reason}"
 
     def stop(self) -> None:
-        """End the workers, kindly first; harmless when repeated. Ctrl-C waits until they have ended."""
+        """End the workers, kindly first; harmless when repeated. Signals wait until they have ended."""
         if os.getpid() != self.pid:  # a fork of rank 0's process does not own them
             return
         with deferred_signals():
@@ -307,7 +313,7 @@ class WorkerGroup:
 
     def _end(self) -> None:
         self._kill()
-        self._have_ended.set()
+        self._have_ended.release()
         if self.communicator is not None:
             self.communicator.abort()
             self.communicator.close()

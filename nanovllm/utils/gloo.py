@@ -14,7 +14,7 @@ TIMEOUT = timedelta(hours=24)
 
 class GlooCommunicator(Communicator):
     def __init__(self, store_path: str, rank: int, size: int):
-        """store_path: a file where the ranks meet; not needed afterwards."""
+        """store_path: of a file where the ranks meet. As long as it exists it is written to, also at the very end."""
         gloo: Any = dist.ProcessGroupGloo  # whose stubs know nothing of what is used here
         options = gloo._Options()
         options._devices = [gloo.create_device(hostname="127.0.0.1")]

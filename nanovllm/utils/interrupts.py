@@ -11,7 +11,7 @@ HELD_BACK = [*map(int, (SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGALRM, SIGVTALRM, SI
 
 
 class deferred_signals:
-    """Handlers that are written in Python run when the block is left. What the system does by itself it does at once.
+    """Python's handlers of the signals HELD_BACK run when the block is left. What the system does it does at once.
 
     Of a signal that comes repeatedly they hear once, as they do of one that the system holds back.
     """
@@ -30,31 +30,32 @@ class deferred_signals:
                 self.replaced.append(number)
                 _signal.signal(number, self.catch)
         except BaseException:  # of a handler that was not replaced yet
-            self._restore()
+            self.__exit__()
             raise
 
     def catch(self, number: int, frame: Any) -> None:
         self.caught[number] = frame
 
     def __exit__(self, *exc_info: object) -> None:
-        if self.replaced:
-            self._restore()
-            if self.caught:
-                self._deliver()
-
-    def _restore(self) -> None:
-        try:
-            while self.replaced:
-                _signal.signal(self.replaced[-1], self.handlers[self.replaced[-1]])
-                self.replaced.pop()
-        finally:  # of a handler that is in its place again, and raises
-            if self.replaced:
-                self._restore()
-
-    def _deliver(self) -> None:
-        number, frame = self.caught.popitem()
-        try:
-            self.handlers[number](number, frame)
-        finally:
-            if self.caught:
-                self._deliver()
+        """Not one handler is left out because another raises, here or, if it is in its place again, at any moment."""
+        raised: BaseException | None = None
+        while self.replaced or self.caught:
+            try:
+                while self.replaced:
+                    number = self.replaced[-1]
+                    _signal.signal(number, self.handlers[number])
+                    self.replaced.pop()
+                while self.caught:
+                    number = next(iter(self.caught))
+                    handler, frame = self.handlers[number], self.caught[number]
+                    del self.caught[number]  # from here on Python looks for signals again when the handler has begun
+                    handler(number, frame)
+            except BaseException as error:
+                if raised is not None:
+                    error.__context__ = raised
+                raised = error
+        if raised is not None:
+            try:
+                raise raised
+            finally:
+                raised = None  # or it would hold this frame that holds it

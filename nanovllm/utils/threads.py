@@ -16,7 +16,10 @@ def share_of_cores(size: int) -> int:
 
 
 class limited_threads:
-    """What the calling thread computes in the block uses so many threads, where it is a number. A setting of each."""
+    """What the calling thread computes in the block uses so many threads, where it is a number.
+
+    It is a setting of each thread, but one that uses torch for the first time meanwhile begins with this number.
+    """
 
     def __init__(self, num_threads: int | None):
         self.num_threads = num_threads
