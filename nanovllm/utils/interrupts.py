@@ -51,8 +51,8 @@ class deferred_signals:
                     del self.caught[number]  # from here on Python looks for signals again when the handler has begun
                     handler(number, frame)
             except BaseException as error:
-                if raised is not None:
-                    error.__context__ = raised
+                if error is not raised:
+                    error.__context__ = raised or error.__context__
                 raised = error
         if raised is not None:
             try:
