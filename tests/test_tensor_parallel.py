@@ -567,6 +567,21 @@ def test_a_worker_dies_while_the_ranks_meet(qwen3, started, monkeypatch):
     assert_gone([process.pid for process in started])
 
 
+def test_a_worker_dies_before_the_ranks_meet(qwen3, started, monkeypatch):
+    """It has said that it is ready."""
+
+    def kill_and_connect(*args: Any) -> TensorParallel:
+        started[0].kill()
+        os.waitid(os.P_PID, started[0].pid, os.WEXITED | os.WNOWAIT)
+        return connect(*args)
+
+    connect = worker_group.connect
+    monkeypatch.setattr(worker_group, "connect", kill_and_connect)
+    with pytest.raises(EngineDeadError, match="exit code -9"):
+        qwen3.llm(tensor_parallel_size=2)
+    assert_gone([process.pid for process in started])
+
+
 def test_a_worker_dies_while_the_cache_is_sized(qwen3, started):
     """Rank 0 may hear of it from gloo first."""
 

@@ -1,5 +1,6 @@
 """Ranks on CPUs: torch's gloo over the loopback interface. Made by engine/handshake.py."""
 
+import os
 from datetime import timedelta
 from typing import Any
 
@@ -14,7 +15,12 @@ TIMEOUT = timedelta(hours=24)
 
 class GlooCommunicator(Communicator):
     def __init__(self, store_path: str, rank: int, size: int):
-        """store_path: of a file where the ranks meet. As long as it exists it is written to, also at the very end."""
+        """store_path: of a file where the ranks meet. As long as it exists it is written to, also at the very end.
+
+        Raises RuntimeError if it does not exist: FileStore would wait five minutes for it, and all threads with it.
+        """
+        if not os.path.exists(store_path):
+            raise RuntimeError(f"the ranks cannot meet: {store_path} is gone")
         gloo: Any = dist.ProcessGroupGloo  # whose stubs know nothing of what is used here
         options = gloo._Options()
         options._devices = [gloo.create_device(hostname="127.0.0.1")]
