@@ -1077,13 +1077,17 @@ def test_of_several_signals_each_is_heard():
         raise TimeoutError(number)
 
     def strike() -> None:
-        with deferred_signals():
-            for number in signals * 2:
-                os.kill(os.getpid(), number)
-            assert not heard
+        try:
+            raise outer
+        except ValueError:
+            with deferred_signals():
+                for number in signals * 2:
+                    os.kill(os.getpid(), number)
+                assert not heard
 
     signals = [signal.SIGALRM, signal.SIGTERM, signal.SIGUSR1]
     previous = [signal.signal(number, handle) for number in signals]
+    outer = ValueError("the caller is handling it")
     try:
         with pytest.raises(TimeoutError) as caught:
             strike()
@@ -1091,7 +1095,11 @@ def test_of_several_signals_each_is_heard():
         for number, handler in zip(signals, previous):
             signal.signal(number, handler)
     assert sorted(heard) == sorted(signals)
-    assert isinstance(caught.value.__context__, TimeoutError)
+    chain: list[BaseException | None] = [caught.value]
+    for _ in signals:
+        chain.append(chain[-1] and chain[-1].__context__)
+    assert [error.args[0] for error in chain[:-1] if error] == heard[::-1]
+    assert chain[-1] is outer
 
 
 def test_what_is_waited_for_at_the_end():

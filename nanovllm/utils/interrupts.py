@@ -55,7 +55,9 @@ class deferred_signals:
                     error.__context__ = raised or error.__context__
                 raised = error
         if raised is not None:
+            context = raised.__context__
             try:
                 raise raised
             finally:
-                raised = None  # or it would hold this frame that holds it
+                raised.__context__ = context  # where the block is in an `except`, raising put that exception there
+                del raised, context  # or they would hold this frame that holds them
