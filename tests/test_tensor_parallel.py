@@ -50,7 +50,6 @@ from nanovllm.engine.step_output import PendingTokens
 from nanovllm.engine.worker import AWAKE_S, wait_on
 from nanovllm.utils import nccl, peer_memory, threads
 from nanovllm.utils.distributed import TensorParallel, check_divisible
-from nanovllm.utils.interrupts import deferred_signals
 
 OPTIONS: dict[str, Any] = {
     "device": "cpu", "max_model_len": 256, "kvcache_block_size": 16, "num_kvcache_blocks": 64, "max_num_seqs": 8
@@ -976,132 +975,6 @@ def test_ctrl_c(qwen3):
         assert_matches(qwen3, prompts, llm.generate(prompts, greedy(12), use_tqdm=False), 12)
 
 
-def test_ctrl_c_waits_for_the_end_of_a_launch():
-    """In the middle it would leave the other ranks waiting."""
-    order = []
-
-    def launch() -> None:
-        with deferred_signals():
-            os.kill(os.getpid(), signal.SIGINT)
-            for _ in range(1000):
-                order.append("launching")
-
-    with pytest.raises(KeyboardInterrupt):
-        launch()
-    assert len(order) == 1000
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_signals_are_held_back_wherever_they_strike():
-    """Also as the block is entered or left: what their handlers raise goes through, and none loses its handler."""
-
-    class TooLate(ValueError):  # which `signal` itself raises in threads other than the main one
-        pass
-
-    num_alarms = num_raised = num_within = 0
-
-    def ring(*_: Any) -> None:
-        nonlocal num_alarms
-        num_alarms += 1
-        raise TooLate
-
-    def go_on() -> None:
-        nonlocal num_within, num_raised
-        is_within = False
-        try:
-            signal.setitimer(signal.ITIMER_REAL, 2e-5)
-            for _ in range(50):
-                with deferred_signals():
-                    try:
-                        for _ in range(5):
-                            pass
-                    except TooLate:
-                        is_within = True
-                        raise
-        except TooLate:
-            num_raised += 1
-            num_within += is_within
-
-    previous = signal.signal(signal.SIGALRM, ring)
-    try:
-        while num_alarms < 1000:
-            try:
-                go_on()
-            except TooLate:  # within the `except` above
-                num_raised += 1
-            assert signal.getsignal(signal.SIGALRM) is ring
-            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-    assert num_raised == num_alarms > 0
-    assert num_within == 0
-
-
-def test_what_was_held_back_is_heard_also_when_another_handler_raises_then():
-    """SIGTERM strikes within the block, SIGALRM as it is left."""
-
-    class TooLate(Exception):
-        pass
-
-    def ring(*_: Any) -> None:
-        raise TooLate
-
-    num_late, heard = 0, {}
-    # Not a function in Python: another signal's handler may always run as that begins, and it would not go on.
-    previous = signal.signal(signal.SIGALRM, ring), signal.signal(signal.SIGTERM, heard.setdefault)
-    try:
-        while num_late < 3000:
-            heard.clear()
-            is_sent = False
-            try:
-                with deferred_signals():
-                    os.kill(os.getpid(), signal.SIGTERM)
-                    is_sent = True
-                    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 2e-5))
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            except TooLate:
-                num_late += 1
-            assert len(heard) == is_sent
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous[0])
-        signal.signal(signal.SIGTERM, previous[1])
-
-
-def test_of_several_signals_each_is_heard():
-    heard = []
-
-    def handle(number: int, frame: Any) -> None:
-        heard.append(number)
-        raise TimeoutError(number)
-
-    def strike() -> None:
-        try:
-            raise outer
-        except ValueError:
-            with deferred_signals():
-                for number in signals * 2:
-                    os.kill(os.getpid(), number)
-                assert not heard
-
-    signals = [signal.SIGALRM, signal.SIGTERM, signal.SIGUSR1]
-    previous = [signal.signal(number, handle) for number in signals]
-    outer = ValueError("the caller is handling it")
-    try:
-        with pytest.raises(TimeoutError) as caught:
-            strike()
-    finally:
-        for number, handler in zip(signals, previous):
-            signal.signal(number, handler)
-    assert sorted(heard) == sorted(signals)
-    chain: list[BaseException | None] = [caught.value]
-    for _ in signals:
-        chain.append(chain[-1] and chain[-1].__context__)
-    assert [error.args[0] for error in chain[:-1] if error] == heard[::-1]
-    assert chain[-1] is outer
-
-
 def test_what_is_waited_for_at_the_end():
     """No process survives the engine by five seconds; what takes longer than this on a slow machine is work."""
     assert worker_group.END_S + 5 * worker_group.POLL_S < 5
@@ -1579,8 +1452,6 @@ def test_what_cannot_have_been_sent_is_refused(field, value):
 
 def test_a_step_says_all_a_rank_needs_of_random_batches():
     """What a rank makes of the integers are the tensors that rank 0 has."""
-    import random
-
     rng = random.Random(3)
     for _ in range(20):
         seqs = []
