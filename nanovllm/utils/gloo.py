@@ -28,6 +28,9 @@ class GlooCommunicator(Communicator):
         options._threads = 2
         self.size = size
         self.group = gloo(dist.FileStore(store_path, size), rank, size, options)
+        # Who has met all others may find that it cannot go on, and end. To those who were still meeting that would be a
+        # broken connection; after this nobody is.
+        self.group.barrier(dist.BarrierOptions()).wait()
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         self.group.allreduce([x]).wait()
