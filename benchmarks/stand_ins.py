@@ -11,6 +11,7 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.step_channel import HEADER, StepChannel
 from nanovllm.engine.worker import wait_on
 from nanovllm.engine.worker_group import WorkerGroup
+from nanovllm.engine.worker_process import WorkerProcess
 
 
 @contextmanager
@@ -21,7 +22,7 @@ def stand_ins(runner: ModelRunner) -> Iterator[None]:
         yield
         return
     group = object.__new__(WorkerGroup)  # no more of it than a step needs
-    group.bells, group.failure, group.num_threads = [], None, workers.num_threads
+    group.members, group.failure, group.num_threads = [], None, workers.num_threads
     step_size = workers.channel.slot_size - HEADER
     group.channel = StepChannel(workers.size, step_size)
     sockets, processes = [], []
@@ -29,7 +30,9 @@ def stand_ins(runner: ModelRunner) -> Iterator[None]:
         ear, bell = os.pipe()
         ours, theirs = socket.socketpair()
         sockets.append(ours)
-        group.bells.append(bell)
+        member = object.__new__(WorkerProcess)
+        member.bell = bell
+        group.members.append(member)
         inherited = ear, theirs.fileno(), group.channel.fd
         command = [sys.executable, "-m", "benchmarks.stand_ins", *map(str, (rank, workers.size, step_size, *inherited))]
         with theirs, open(ear, "rb"):
@@ -40,8 +43,8 @@ def stand_ins(runner: ModelRunner) -> Iterator[None]:
         yield
     finally:
         runner.workers, runner.tp.progress = workers, progress
-        for bell in group.bells:
-            os.close(bell)
+        for member in group.members:
+            os.close(member.bell)
         for sock, process in zip(sockets, processes):
             sock.close()
             process.wait()

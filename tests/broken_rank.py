@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nanovllm.engine import worker, worker_group
+from nanovllm.engine import worker, worker_process
 from nanovllm.engine.input_processor import fold_seed
 from nanovllm.engine.model_runner import ModelRunner
 
@@ -63,7 +63,7 @@ def start_workers_with_it(patch: Callable[[Any, str, Any], None], program: str =
     popen, workers = subprocess.Popen, []
 
     def start(command: list[str], *args: Any, **kwargs: Any) -> subprocess.Popen:
-        if command[1:3] != ["-c", worker_group.PROGRAM]:  # a compiler that Triton starts
+        if command[1:3] != ["-c", worker_process.PROGRAM]:  # a compiler that Triton starts
             return popen(command, *args, **kwargs)
         workers.append(popen([sys.executable, program, *command[3:]], *args, **kwargs))
         return workers[-1]

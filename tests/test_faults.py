@@ -972,7 +972,7 @@ def test_ctrl_c_while_an_engine_closes(qwen3, num_ranks):
     for place in ("gc.collect", "workers.stop", "graphs.clear"):
         llm = qwen3.llm(tensor_parallel_size=num_ranks)
         runner = llm.model_runner
-        workers = {process.pid for process in runner.workers.processes} if runner.workers is not None else set()
+        workers = {worker.process.pid for worker in runner.workers.members} if runner.workers is not None else set()
         target: tuple[Any, str] | None = (model_runner.gc, "collect")
         if place == "workers.stop":
             target = (runner.workers, "stop") if runner.workers is not None else None

@@ -158,7 +158,7 @@ if __name__ == "__main__":
     llm = LLM(sys.argv[1], tensor_parallel_size=2, max_model_len=2048, num_kvcache_blocks=100, max_num_seqs=32)
     params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
     llm.generate([[1, 2, 3]] * 30, params, use_tqdm=False)
-    print(llm.model_runner.workers.processes[0].pid, flush=True)
+    print(llm.model_runner.workers.members[0].process.pid, flush=True)
     while True:
         llm.generate([[1, 2, 3]] * 30, params, use_tqdm=False)
 """

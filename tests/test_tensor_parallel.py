@@ -57,7 +57,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def worker_pids(llm: LLM) -> list[int]:
-    return [process.pid for process in llm.model_runner.workers.processes]
+    return [worker.process.pid for worker in llm.model_runner.workers.members]
 
 
 def is_running(pid: int) -> bool:
@@ -712,11 +712,11 @@ def test_an_exception_while_a_worker_is_waited_for_at_the_end(qwen3):
         return waits
 
     left: list[bool] = []
-    with replaced(group.processes[0], "wait", leave), pytest.raises(SystemExit):
+    with replaced(group.members[0].process, "wait", leave), pytest.raises(SystemExit):
         llm.close()
     assert left
     assert not [pid for pid in pids if is_running(pid)]
-    assert all(sock.fileno() == -1 for sock in group.sockets)
+    assert all(worker.socket.fileno() == -1 for worker in group.members)
     llm.close()
 
 
@@ -746,7 +746,7 @@ def test_ctrl_c_while_a_worker_is_waited_for_at_the_end(qwen3):
 
         return waits
 
-    with replaced(llm.model_runner.workers.processes[0], "wait", strike), pytest.raises(KeyboardInterrupt):
+    with replaced(llm.model_runner.workers.members[0].process, "wait", strike), pytest.raises(KeyboardInterrupt):
         llm.close()
     assert not [pid for pid in pids if is_running(pid)]
     assert not hasattr(llm.model_runner, "kv_cache")
@@ -774,7 +774,7 @@ def test_the_garbage_collector_ends_ranks_from_any_thread(qwen3):
         group._watcher.join(HANGING_S)
     assert not group._watcher.is_alive()
     assert not errors
-    assert all(sock.fileno() == -1 for sock in group.sockets)
+    assert all(worker.socket.fileno() == -1 for worker in group.members)
     llm.close()
     assert_gone(pids)
 
@@ -853,7 +853,7 @@ def test_in_a_process_with_many_files(qwen3):
     files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
     try:
         with qwen3.llm(tensor_parallel_size=2) as llm:
-            assert min(sock.fileno() for sock in llm.model_runner.workers.sockets) > 1023
+            assert min(worker.socket.fileno() for worker in llm.model_runner.workers.members) > 1023
             pids = worker_pids(llm)
             with pytest.raises(EngineDeadError, match="exit code -9"):
                 while_generating(llm, lambda: os.kill(pids[0], signal.SIGKILL))
@@ -1074,11 +1074,11 @@ def test_workers_end_by_themselves(qwen3, monkeypatch):
     monkeypatch.setattr(worker_group, "END_S", HANGING_S)
     llm = qwen3.llm(tensor_parallel_size=2)
     group = llm.model_runner.workers
-    copies = [os.dup(sock.fileno()) for sock in group.sockets]
+    copies = [os.dup(worker.socket.fileno()) for worker in group.members]
     llm.close()
     for copy in copies:
         os.close(copy)
-    assert [process.returncode for process in group.processes] == [0]
+    assert [worker.process.returncode for worker in group.members] == [0]
 
 
 def test_an_idle_worker_sleeps(qwen3):
@@ -1104,7 +1104,7 @@ import sys, time
 from nanovllm import LLM, SamplingParams
 llm = LLM(sys.argv[1], tensor_parallel_size=2, device="cpu", max_model_len=256, kvcache_block_size=16,
           num_kvcache_blocks=64, max_num_seqs=8)
-print(llm.model_runner.workers.processes[0].pid, flush=True)
+print(llm.model_runner.workers.members[0].process.pid, flush=True)
 print(llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True), use_tqdm=False)
       [0]["token_ids"], flush=True)
 """
@@ -1261,7 +1261,7 @@ def test_a_fork_outlives_rank_0_that_is_killed_while_it_starts(qwen3):
 SIGPIPE = """
 import os, signal
 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-worker = llm.model_runner.workers.processes[0]
+worker = llm.model_runner.workers.members[0].process
 os.kill(worker.pid, signal.SIGKILL)
 worker.wait()
 assert llm.model_runner.workers.failure is None, "it has not been told yet how the worker ended"

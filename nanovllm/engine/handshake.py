@@ -1,6 +1,6 @@
 """How rank 0 and another rank begin: what they say over their socket, and how they meet. Both sides call it.
 
-Rank 0 (engine/worker_group.py) sends one line of JSON with all that the other (worker.py) needs, which answers with a
+Rank 0 (engine/worker_process.py) sends one line of JSON with all that the other (worker.py) needs, which answers with a
 line for each of STATES that it reaches, or for its error. Steps are not told here but through engine/step_channel.py.
 """
 

@@ -1,4 +1,4 @@
-"""A tensor-parallel rank beside rank 0: a process that engine/worker_group.py starts, with `main` as its program."""
+"""A tensor-parallel rank beside rank 0: a process that engine/worker_process.py starts, with `main` as its program."""
 
 import contextlib
 import json

@@ -1,24 +1,17 @@
 """Rank 0's side of the other tensor-parallel ranks: they start, are told of steps, die and end. Used by the runner.
 
-Each of them (engine/worker.py) is a process of its own, started as a program, so that no script needs a `__main__`
-guard. It inherits a socket, over which it is told in JSON what there is to do, and answers; the memory of the step
-channel; and the read end of a pipe that brings a byte for every step, at whose end the worker ends. When rank 0's
-process ends, however that happens, the system ends the worker.
+Each of them is a process of its own (engine/worker_process.py), which inherits the memory of the step channel.
 """
 
-import json
 import os
-import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +20,7 @@ from nanovllm.config import Config
 from nanovllm.engine.batch import StepInput
 from nanovllm.engine.handshake import POLL_S, STATES, config_to_json, connect, readable, receive_json
 from nanovllm.engine.step_channel import StepChannel, create_memory, max_step_size
+from nanovllm.engine.worker_process import WorkerProcess
 from nanovllm.errors import EngineDeadError
 from nanovllm.utils.distributed import Communicator, TensorParallel
 from nanovllm.utils.interrupts import deferred_signals
@@ -34,20 +28,7 @@ from nanovllm.utils.threads import limited_threads, share_of_cores
 
 T = TypeVar("T")
 END_S = 3.0  # for a worker to end by itself
-EXIT_S = 1.5  # for one that was killed to be gone, as far as an error's message waits for that
 START_PATIENCE = 60  # times as long as a step may one stand still that is starting
-# What a worker runs. First of all, since imports take seconds: when the thread that has started it ends, and that is
-# with its process at the latest, the system is to kill it, even one that is stopped. prctl(2), PR_SET_PDEATHSIG.
-PROGRAM = f"""
-import sys
-sys.path[:] = filter(None, sys.path)  # not the current directory, as PYTHONSAFEPATH says from Python 3.11 on
-import ctypes, os
-ctypes.CDLL(None).prctl(1, {int(signal.SIGKILL)})
-if os.getppid() != int(sys.argv[2]):  # it was over before
-    os._exit(1)
-from nanovllm.engine.worker import main
-main()
-"""
 
 
 class WorkerGroup:
@@ -60,10 +41,7 @@ class WorkerGroup:
         self.pid = os.getpid()
         self.failure: str | None = None
         self.communicator: Communicator | None = None
-        self.sockets: list[socket.socket] = []
-        self.bells: list[int] = []  # write ends of the pipes with a byte for every step
-        self.processes: list[subprocess.Popen] = []
-        self.states = [0] * self.size  # which of STATES each rank has reached
+        self.members: list[WorkerProcess] = []  # of ranks 1, 2, …
         # Rank 0 computes with as many as the others. None: it leaves torch's number as it is.
         self.num_threads = share_of_cores(self.size) if self.device.type == "cpu" else None
         self._watcher: threading.Thread | None = None
@@ -113,27 +91,6 @@ class WorkerGroup:
             self._held.callback(os.close, self.store)
             self.boot["store"] = f"/proc/self/fd/{self.store}"
 
-    def _start(self, rank: int) -> None:
-        # Where this process looks for modules, in its order, and where this very package is. A Path is passed over, as
-        # Python does with it.
-        entries = [entry or os.getcwd() for entry in sys.path if isinstance(entry, str)]
-        path = os.pathsep.join([*entries, str(Path(__file__).resolve().parents[2])])
-        ours, theirs = socket.socketpair()
-        self.sockets.append(ours)
-        ours.sendall(json.dumps(self.boot).encode() + b"\n")
-        ear, bell = os.pipe()
-        self.bells.append(bell)
-        self._held.callback(os.close, ear)  # as long as somebody has it, who rings for a dead worker gets no SIGPIPE
-        with theirs:  # the worker has a copy
-            process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, *map(str, (rank, self.pid, theirs.fileno(), ear))],
-                pass_fds=[theirs.fileno(), ear, self.channel.fd, *([self.store] if "store" in self.boot else [])],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # a terminal's Ctrl-C is for rank 0 alone
-                env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
-            )
-        self.processes.append(process)
-
     def connect(self) -> TensorParallel:
         """Wait until every worker is about to meet the others, and meet them; EngineDeadError if one cannot."""
         self.wait_for("ready")
@@ -141,7 +98,7 @@ class WorkerGroup:
         if "store" in boot:
             # A worker's descriptor: FileStore writes into what has this name when it is destroyed, which may be after
             # this process has closed its own and somebody else's file has the number. A worker's is never closed.
-            boot = {**boot, "store": f"/proc/{self.processes[0].pid}/fd/{self.store}"}
+            boot = {**boot, "store": f"/proc/{self.members[0].process.pid}/fd/{self.store}"}
         results: list[Any] = []
 
         def meet() -> None:
@@ -170,9 +127,12 @@ class WorkerGroup:
 
     def wait_for(self, state: str) -> None:
         """Until every worker has said that it is that far; EngineDeadError if one is lost before."""
-        while min(self.states[1:]) < STATES.index(state):
+        while not self._have_reached(state):
             self.check()
             time.sleep(POLL_S / 10)
+
+    def _have_reached(self, state: str) -> bool:
+        return min((worker.state for worker in self.members), default=0) >= STATES.index(state)
 
     def abandon_start(self, error: BaseException) -> None:
         """End the workers, since rank 0 cannot start; EngineDeadError if `error` only says that one was lost."""
@@ -196,8 +156,8 @@ class WorkerGroup:
                     time.sleep(1e-4)
                     self.check()
                 told = self.channel.send(step)
-                for bell in self.bells:
-                    os.write(bell, told)
+                for worker in self.members:
+                    os.write(worker.bell, told)
                 return work()
             except EngineDeadError:
                 raise
@@ -233,8 +193,9 @@ class WorkerGroup:
 
     def _watch(self, are_started: "Future[None]") -> None:
         try:
+            descriptors = [self.channel.fd, *([self.store] if "store" in self.boot else [])]
             for rank in range(1, self.size):
-                self._start(rank)
+                self.members.append(WorkerProcess(rank, self.boot, descriptors))
             are_started.set_result(None)
             self._watch_until_lost()
         except BaseException as error:
@@ -245,57 +206,49 @@ class WorkerGroup:
         self._have_ended.acquire()  # since they end with the thread that has started them
 
     def _watch_until_lost(self) -> None:
-        marks: dict[int, tuple[int, int, int]] = {}
-        num_polls: dict[int, int] = {}  # since the mark changed. No clock: it runs on while all processes are frozen
         while not self._closed and self.failure is None:
-            ready = readable([sock.fileno() for sock in self.sockets])
-            for rank, (sock, process) in enumerate(zip(self.sockets, self.processes), 1):
+            ready = readable([worker.socket.fileno() for worker in self.members])
+            for worker in self.members:
                 if self._closed:
                     return
-                if sock.fileno() in ready or process.poll() is not None:
-                    answer = receive_json(sock)
+                if worker.socket.fileno() in ready or worker.has_ended:
+                    answer = receive_json(worker.socket)
                     if "state" not in answer:
                         self._is_noticed = True
-                        self.fail(self._describe_lost(rank, answer))
+                        self.fail(self._describe_lost(worker, answer))
                         return
-                    self.states[rank] = STATES.index(answer["state"])
-                # All ranks do the same, one thing after another: who stays behind rank 0 hangs, whatever lives in it;
-                # but a CPU may only be slow.
-                own = self.channel.progress[rank]
-                is_behind = own < self.channel.progress[0]
-                busy_s = self.channel.busy_s[rank] if self.device.type == "cpu" else 0
-                sign = (own, busy_s) if is_behind else (-1, self.channel.heartbeats[rank])
-                mark = self.states[rank], *sign
-                if marks.get(rank) != mark:
-                    marks[rank], num_polls[rank] = mark, 0
-                num_polls[rank] += not ready  # or no time has passed
+                    worker.state = STATES.index(answer["state"])
                 # A driver that starts, a slow disk or a compiler may stop all threads for long.
-                is_started = self.states[rank] == STATES.index("started")
+                is_started = worker.state == STATES.index("started")
                 limit_s = self.timeout_s if is_started else START_PATIENCE * self.timeout_s
-                if num_polls[rank] * POLL_S > limit_s:
+                if worker.stands_still_s(self._mark(worker), has_waited=not ready) > limit_s:
                     self._is_noticed = True
-                    process.kill()
-                    hung = f"rank {rank} (process {process.pid}) has not moved for {limit_s:g} s, and was killed"
-                    self.fail(f"{hung}: {exit_status(process)}")
+                    worker.process.kill()
+                    self.fail(f"{worker} has not moved for {limit_s:g} s, and was killed: {worker.exit_status()}")
                     return
 
-    def _describe_lost(self, rank: int, answer: dict[str, Any]) -> str:
-        """`rank` has ended; so have others, perhaps, a moment before or because of it. Who was killed comes first."""
-        time.sleep(POLL_S)
-        answers = {rank: answer}
-        for other, process in enumerate(self.processes, 1):
-            if other != rank and process.poll() is not None:
-                while "state" in (answer := receive_json(self.sockets[other - 1])):
-                    pass
-                answers[other] = answer
-        lost = sorted(answers, key=lambda rank: (self.processes[rank - 1].poll() or 0) >= 0)
-        return "; ".join(self._describe(rank, answers[rank]) for rank in lost)
+    def _mark(self, worker: WorkerProcess) -> tuple[int, ...]:
+        """What changes as long as nothing holds `worker` up."""
+        # All ranks do the same, one thing after another: who stays behind rank 0 hangs, whatever lives in it; but a CPU
+        # may only be slow.
+        channel, rank = self.channel, worker.rank
+        own = channel.progress[rank]
+        if own < channel.progress[0]:
+            return worker.state, own, channel.busy_s[rank] if self.device.type == "cpu" else 0
+        return worker.state, -1, channel.heartbeats[rank]
 
-    def _describe(self, rank: int, answer: dict[str, Any]) -> str:
-        """How `rank` ended, and what it said last."""
-        process = self.processes[rank - 1]
+    def _describe_lost(self, worker: WorkerProcess, answer: dict[str, Any]) -> str:
+        """`worker` has ended; so have others, perhaps, a moment before or because of it. Who was killed comes first."""
+        time.sleep(POLL_S)
+        answers = {worker: answer}
+        answers |= {other: other.last_words() for other in self.members if other is not worker and other.has_ended}
+        lost = sorted(answers, key=lambda worker: (worker.process.poll() or 0) >= 0)
+        return "; ".join(self._describe(worker, answers[worker]) for worker in lost)
+
+    def _describe(self, worker: WorkerProcess, answer: dict[str, Any]) -> str:
+        """How it ended, and what it said last."""
         reason = f": {answer['error']}" if "error" in answer else ""
-        return f"rank {rank} (process {process.pid}) ended with {exit_status(process)}{reason}"
+        return f"{worker} ended with {worker.exit_status()}{reason}"
 
     def stop(self) -> None:
         """End the workers, kindly first; harmless when repeated. Signals wait until they have ended."""
@@ -321,44 +274,29 @@ class WorkerGroup:
         if self._watcher is not None and self._watcher is not threading.current_thread():
             self._watcher.join()
         self.communicator = None
-        self._close_bells()
-        for sock in self.sockets:
-            sock.close()
+        for worker in self.members:
+            worker.close()
         self._held.close()
 
     def _end_kindly(self) -> None:
-        if self.failure is not None or min(self.states[1:]) < STATES.index("started"):
+        if self.failure is not None or not self._have_reached("started"):
             return
         if self.channel.num_sent > min(self.channel.num_done[1:]):  # nobody needs these steps any more
             return
         with suppress(subprocess.TimeoutExpired, OSError):
-            self._close_bells()
-            for sock in self.sockets:
-                sock.shutdown(socket.SHUT_WR)  # where a fork holds copies of the bells
+            for worker in self.members:
+                worker.close_bell()
+                worker.socket.shutdown(socket.SHUT_WR)  # where a fork holds copies of the bells
             deadline = time.monotonic() + END_S
-            for process in self.processes:
-                process.wait(timeout=max(0.0, deadline - time.monotonic()))
-
-    def _close_bells(self) -> None:
-        while self.bells:
-            os.close(self.bells.pop())
+            for worker in self.members:
+                worker.process.wait(timeout=max(0.0, deadline - time.monotonic()))
 
     def _kill(self) -> None:
         """End all at once. They have ended then, but for who is in a driver's call that does not return."""
-        for process in self.processes:
-            if process.poll() is None:
-                process.kill()
+        for worker in self.members:
+            if not worker.has_ended:
+                worker.process.kill()
         deadline = time.monotonic() + END_S
-        for process in self.processes:
+        for worker in self.members:
             with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=max(0.0, deadline - time.monotonic()))
-
-
-def exit_status(process: subprocess.Popen) -> str:
-    """Of a worker that has ended, or is about to."""
-    with suppress(subprocess.TimeoutExpired):
-        # No worker ends with 0 as long as it is needed. `Popen` says so where nobody is told how its processes end:
-        # when SIGCHLD is ignored, or another thread waits for all of them.
-        if code := process.wait(timeout=EXIT_S):
-            return f"exit code {code}"
-    return "an unknown exit code"
+                worker.process.wait(timeout=max(0.0, deadline - time.monotonic()))
