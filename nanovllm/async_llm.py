@@ -152,7 +152,10 @@ class AsyncLLM:
         self._thread.order("add", stream)
         item: Any = []
         try:
-            while (item := await stream.queue.get()) is not None:
+            while True:
+                item = await stream.queue.get()
+                if item is None:
+                    break
                 if isinstance(item, BaseException):
                     raise item
                 for delta in item:

@@ -48,8 +48,7 @@ class LLMEngine(EngineCore):
             RuntimeError: the engine is closed, or in the middle of a step, where a logits processor called this.
             EngineDeadError: the device or a rank is lost. torch.OutOfMemoryError: with the settings to lower.
             Whatever one of this call's `logits_processors` raised.
-            Whatever interrupts the loop, Ctrl-C included: it propagates, and this call's requests are gone. With
-                several ranks what the handler of another signal raises in a step is an EngineDeadError, caused by that.
+            Whatever interrupts the loop, Ctrl-C included: it propagates, and this call's requests are gone.
         """
         check_bool("use_tqdm", use_tqdm)
         requests = self.input_processor.make_requests(prompts, sampling_params)
@@ -126,12 +125,13 @@ class LLMEngine(EngineCore):
         try:
             try:
                 self._enqueue(requests, call, stream=True)
-                is_last = False
-                while not is_last:
+                while True:
                     deltas, errors, is_last = self._exclusive(advance)
                     yield from deltas
                     if errors:
                         raise errors[0]
+                    if is_last:
+                        return
             except GeneratorExit:  # requests of others go on, which start over if these are dropped
                 for request in requests:
                     self.abort(request.request_id)
@@ -152,7 +152,9 @@ class LLMEngine(EngineCore):
         try:
             self._enqueue(requests, call)
             with closing(Progress(len(requests), use_tqdm)) as progress:
-                while call.unfinished or call.finished:
+                while True:
+                    if not (call.unfinished or call.finished):
+                        break
                     if (error := self._exclusive(advance)) is not None:
                         raise error
                     # Texts are made here, while the device computes the next step, and not all at the end.
