@@ -35,7 +35,11 @@ def create_memory(size_bytes: int) -> int:
     else:
         with tempfile.TemporaryFile() as file:
             fd = os.dup(file.fileno())
-    os.ftruncate(fd, size_bytes)
+    try:
+        os.ftruncate(fd, size_bytes)
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 
@@ -50,7 +54,11 @@ class StepChannel:
         self.slot_size = HEADER + max_step_size
         num_integers = 4 * num_ranks + NUM_SLOTS * self.slot_size
         self.fd = create_memory(8 * num_integers) if fd is None else fd
-        self._mmap = mmap.mmap(self.fd, 8 * num_integers)
+        try:
+            self._mmap = mmap.mmap(self.fd, 8 * num_integers)
+        except BaseException:
+            os.close(self.fd)
+            raise
         of_ranks = [memoryview(self._mmap).cast("q")[i * num_ranks : (i + 1) * num_ranks] for i in range(4)]
         self.heartbeats, self.num_done, self.progress, self.busy_s = of_ranks  # progress: see TensorParallel
         self.slots = np.frombuffer(self._mmap, np.int64)[4 * num_ranks :].reshape(NUM_SLOTS, self.slot_size)

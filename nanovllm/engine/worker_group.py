@@ -60,9 +60,8 @@ class WorkerGroup:
     def _start_all(self, config: Config) -> None:
         with ExitStack() as held:
             # Where a standard stream is closed, its number must not become a file's that workers inherit.
-            while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
-                held.callback(os.close, descriptor)
-            os.close(descriptor)
+            for _ in range(3):
+                held.callback(os.close, os.open(os.devnull, os.O_RDWR))
             self._prepare(config)
             are_started: Future[None] = Future()
             watcher = threading.Thread(target=self._watch, args=(are_started,), name="nanovllm-workers", daemon=True)
@@ -109,7 +108,8 @@ class WorkerGroup:
             except BaseException as error:
                 results.append(error)
 
-        # In a thread of its own: who waits in there for a rank that has died waits for ever, and Ctrl-C does not help.
+        # In a thread of its own: who waits in there for a rank that has died waits for minutes, or for ever, and Ctrl-C
+        # does not help.
         thread = threading.Thread(target=meet, name="nanovllm-connect", daemon=True)
         thread.start()
         while thread.is_alive():
@@ -151,10 +151,7 @@ class WorkerGroup:
         """
         with deferred_signals(), limited_threads(self.num_threads):
             try:
-                self.check()
-                while not self.channel.has_room():
-                    time.sleep(1e-4)
-                    self.check()
+                self._wait_for_room()
                 told = self.channel.send(step)
                 for worker in self.members:
                     os.write(worker.bell, told)
@@ -169,6 +166,12 @@ class WorkerGroup:
                 if not isinstance(error, Exception):
                     raise
                 raise EngineDeadError(self.failure) from error
+
+    def _wait_for_room(self) -> None:
+        self.check()
+        while not self.channel.has_room():
+            time.sleep(1e-4)
+            self.check()
 
     def check(self) -> None:
         """Raise EngineDeadError if a rank is lost."""

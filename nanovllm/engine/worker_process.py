@@ -27,6 +27,9 @@ import ctypes, os
 ctypes.CDLL(None).prctl(1, {int(signal.SIGKILL)})
 if os.getppid() != int(sys.argv[2]):  # it was over before
     os._exit(1)
+while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:  # or memory that ranks share may get a closed stream's number
+    pass
+os.close(descriptor)
 from nanovllm.engine.worker import main
 main()
 """
@@ -50,6 +53,7 @@ class WorkerProcess:
             held.callback(self.close_bell)
             held.callback(os.close, ear)  # as long as somebody has it, who rings for a dead worker gets no SIGPIPE
             self.socket.sendall(json.dumps(boot).encode() + b"\n")
+            self.socket.settimeout(POLL_S)  # no end comes from a dead worker whose own child has a copy of its side
             self.process = subprocess.Popen(
                 [sys.executable, "-c", PROGRAM, *map(str, (rank, os.getpid(), theirs.fileno(), ear))],
                 pass_fds=[theirs.fileno(), ear, *descriptors],
