@@ -1,4 +1,4 @@
-"""A tensor-parallel rank beside rank 0, as rank 0 sees it: a process that starts, answers and ends. Of the group.
+"""A tensor-parallel rank beside rank 0, as rank 0 sees it: a process that starts, answers and ends. Made by the group.
 
 It is started as a program (engine/worker.py), so that no script needs a `__main__` guard. It inherits a socket, over
 which it is told in JSON what there is to do, and answers; and the read end of a pipe that brings a byte for every step,
