@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import gc
 import json
+import mmap
 import os
 import random
 import re
@@ -1496,6 +1497,19 @@ def test_what_cannot_have_been_sent_is_refused(field, value):
         receiver.receive(NEW)
     for channel in (sender, receiver):
         os.close(channel.fd)
+
+
+@pytest.mark.parametrize("call", [(os, "ftruncate"), (mmap, "mmap")])
+def test_memory_that_cannot_be_had_costs_no_descriptors(monkeypatch, call):
+    def fail(*_: Any) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(*call, fail)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        StepChannel(2, 100)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_step_says_all_a_rank_needs_of_random_batches():
